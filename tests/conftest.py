@@ -1,0 +1,13 @@
+"""Eight CPU devices and checked shapes, both before anything imports JAX or the packages under test."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+  flags = os.environ.get("XLA_FLAGS", "")
+  if "host_platform_device_count" not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook(["ops", "lm_models"], "beartype.beartype")
