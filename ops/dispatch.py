@@ -1,0 +1,147 @@
+"""Which implementation of an op runs, and why; and the one place where arguments are checked.
+
+Every op declares its implementations once, best first. A user's string is an order: what cannot
+run raises a ValueError with the reason, and nothing is tried and caught.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+Reason = str | None
+
+
+class Implementation(NamedTuple):
+  """One way to compute an op."""
+
+  run: Callable | None  # None: it does not exist, and `supports` says so
+  supports: Callable[
+    ..., Reason
+  ]  # takes the op's arguments by name; None if it can run, else why not
+  character: str  # what it is good and bad at, in a few words
+
+
+def anything(**arguments) -> Reason:
+  """The `supports` of an implementation without limits."""
+  return None
+
+
+def no_kernel(**arguments) -> Reason:
+  """The `supports` of a kernel that nobody has written."""
+  return "there is no kernel for this op yet"
+
+
+NO_KERNEL = Implementation(None, no_kernel, "one kernel for the device at hand")
+
+Preference = Callable[..., list[str]]
+_declared: dict[str, tuple[Mapping[str, Implementation], Preference]] = {}
+
+
+def declare(
+  op: str, implementations: Mapping[str, Implementation], preference: Preference | None = None
+):
+  """Registers the implementations of `op`; `preference(**arguments)` lists their names best first (default: as given)."""
+  _declared[op] = (implementations, preference or (lambda **arguments: list(implementations)))
+
+
+def choose(op: str, implementation: str | None, **arguments) -> tuple[str, Callable]:
+  """The name and the function of the implementation that runs `op` on `arguments`.
+
+  Raises:
+    ValueError: `implementation` is not one of the op's, or cannot run on these arguments.
+  """
+  implementations, preference = _declared[op]
+  if implementation is None:
+    names = preference(**arguments)
+    chosen = next(name for name in names if implementations[name].supports(**arguments) is None)
+    return chosen, implementations[chosen].run
+  if implementation not in implementations:
+    raise ValueError(
+      f"{op}: implementation {implementation!r} is not one of {', '.join(implementations)}"
+    )
+  reason = implementations[implementation].supports(**arguments)
+  if reason is not None:
+    raise ValueError(f"{op}: implementation {implementation!r} cannot run: {reason}")
+  return implementation, implementations[implementation].run
+
+
+def explain(op: Callable, *args, **kwargs) -> str:
+  """Prints and returns which implementation `op(*args, **kwargs)` would run, and why each other
+  would not.
+
+  Arrays may be given as `jax.ShapeDtypeStruct`: nothing is computed.
+  """
+  name = op.__name__
+  if name not in _declared:
+    raise ValueError(f"op {name!r} is not one of {', '.join(_declared)}")
+  bound = inspect.signature(op).bind(*args, **kwargs)
+  bound.apply_defaults()
+  arguments = dict(bound.arguments)
+  ordered = arguments.pop("implementation")
+  implementations, _ = _declared[name]
+  chosen, _ = choose(name, ordered, **arguments)
+  shapes = ", ".join(
+    f"{key} {_shape(value)}" for key, value in arguments.items() if hasattr(value, "shape")
+  )
+  lines = [f"{name} on {jax.default_backend()}: {shapes}"]
+  for key, candidate in implementations.items():
+    reason = candidate.supports(**arguments)
+    if key == chosen:
+      verdict = "runs, as ordered" if ordered else "runs"
+    elif reason is not None:
+      verdict = f"cannot run: {reason}"
+    else:
+      verdict = f"can run, but {chosen} " + ("was ordered" if ordered else "is preferred here")
+    lines.append(f"  {key:<10} {verdict} ({candidate.character})")
+  text = "\n".join(lines)
+  print(text)
+  return text
+
+
+def _shape(array: Any) -> str:
+  return f"{jax.numpy.dtype(array.dtype).name}[{' '.join(map(str, array.shape))}]"
+
+
+def check_shapes(**expected: tuple[Any, str]):
+  """Checks arrays, each given as `name=(array or None, "letters")`; a letter means one size
+  throughout.
+
+  A letter may be followed by a difference, as in "B W-1 D".
+
+  Raises:
+    ValueError: naming the argument, the shape it has and the shape expected.
+  """
+  sizes: dict[str, int] = {}
+  for name, (array, letters) in expected.items():
+    if array is None:
+      continue
+    axes = letters.split()
+    known = [_size(axis, sizes) for axis in axes]
+    shape = tuple(array.shape)
+    if len(shape) != len(axes) or any(k is not None and k != n for k, n in zip(known, shape)):
+      where = ", ".join(f"{axis}={k}" for axis, k in zip(axes, known) if k is not None)
+      raise ValueError(
+        f"{name} has shape {shape}, expected [{letters}]{' with ' if where else ''}{where}"
+      )
+    sizes.update({axis: n for axis, n in zip(axes, shape) if axis.isalpha()})
+    if 0 in shape and "-" not in letters:
+      raise ValueError(f"{name} has shape {shape}, expected [{letters}] with every size at least 1")
+
+
+def _size(axis: str, sizes: Mapping[str, int]) -> int | None:
+  letter, _, less = axis.partition("-")
+  return sizes[letter] - int(less or 0) if letter in sizes else None
+
+
+def check_segment_ids(segment_ids: Any):
+  """Raises ValueError unless `segment_ids` is None or has an integer dtype."""
+  if segment_ids is not None and not jax.numpy.issubdtype(segment_ids.dtype, jax.numpy.integer):
+    raise ValueError(f"segment_ids has dtype {segment_ids.dtype}, expected int32")
+
+
+def check_chunk_size(chunk_size: int | None):
+  """Raises ValueError unless `chunk_size` is None or a positive int."""
+  if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+    raise ValueError(f"chunk_size is {chunk_size!r}, expected an int of at least 1")

@@ -1,0 +1,71 @@
+"""The oracles: one obvious loop over tokens per op, in the dtype of the inputs (give them
+float64), no cleverness.
+
+Documents are handled the plain way: reset where the id differs from the last real one, skip what
+is padding.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def _loop(update, state, inputs, segment_ids, reverse):
+  """Scans `update(state, token) -> (state, output)` over axis 1 of `inputs`, with resets and padding."""
+  rows, length = jax.tree.leaves(inputs)[0].shape[:2]
+  ids = jnp.zeros((rows, length), jnp.int32) if segment_ids is None else segment_ids
+
+  def step(carry, token):
+    state, last_id = carry
+    inputs, id = token
+    real = id >= 0
+    start = real & (last_id >= 0) & (id != last_id)
+    pick = lambda mask, x, y: jnp.where(mask.reshape((-1,) + (1,) * (x.ndim - 1)), x, y)
+    inputs = jax.tree.map(lambda x: pick(real, x, jnp.zeros_like(x)), inputs)
+    new_state, output = update(pick(start, jnp.zeros_like(state), state), inputs)
+    carry = pick(real, new_state, state), jnp.where(real, id, last_id)
+    return carry, pick(real, output, jnp.zeros_like(output))
+
+  tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (inputs, ids))
+  nobody = jnp.full((rows,), -1, jnp.int32)
+  (state, _), outputs = jax.lax.scan(step, (state, nobody), tokens, reverse=reverse)
+  return jnp.moveaxis(outputs, 0, 1), state
+
+
+def linear_scan(a, b, *, initial_state=None, segment_ids=None, reverse=False):
+  """h_t = a_t h_{t-1} + b_t;  a, b [B T D], state [B D]."""
+
+  def update(h, token):
+    a, b = token
+    h = a * h + b
+    return h, h
+
+  if initial_state is None:
+    initial_state = jnp.zeros_like(a[:, 0] * b[:, 0])
+  return _loop(update, initial_state, (a, b), segment_ids, reverse)
+
+
+def selective_scan(x, dt, A, B, C, D=None, *, initial_state=None, segment_ids=None, reverse=False):
+  """h_t = exp(dt_t A) h_{t-1} + (dt_t x_t) B_t, y_t = h_t C_t + D x_t;  state [B D N]."""
+
+  def update(h, token):
+    x, dt, B, C = token
+    h = jnp.exp(dt[:, :, None] * A) * h + (dt * x)[:, :, None] * B[:, None, :]
+    y = jnp.sum(h * C[:, None, :], axis=-1)
+    return h, y if D is None else y + D * x
+
+  if initial_state is None:
+    initial_state = jnp.zeros((x.shape[0], *A.shape), x.dtype)
+  return _loop(update, initial_state, (x, dt, B, C), segment_ids, reverse)
+
+
+def causal_conv(x, weight, bias=None, *, initial_state=None, segment_ids=None, reverse=False):
+  """y_t = bias + sum_w weight[w] x_{t-(W-1)+w};  weight [W D], state [B W-1 D]."""
+
+  def update(state, x):
+    window = jnp.concatenate([state, x[:, None]], axis=1)
+    y = jnp.sum(window * weight, axis=1)
+    return window[:, 1:], y if bias is None else y + bias
+
+  if initial_state is None:
+    initial_state = jnp.zeros((x.shape[0], weight.shape[0] - 1, x.shape[2]), x.dtype)
+  return _loop(update, initial_state, x, segment_ids, reverse)
