@@ -6,8 +6,7 @@ three kinds, told apart by its shape:
 
   scalar     A [...]        h [... K] or [... K V]   one number for the whole state
   diagonal   A [... K]      h [... K] or [... K V]   one number per row of the state
-  dense      A [... K K]    h [... K V]              a matrix; pass `dense=True` (a vector state
-  has V = 1)
+  dense      A [... K K]    h [... K V]              a matrix; pass `dense=True`
 
 A map with `fresh` set forgets what came before it. That is a flag and not A = 0, because 0 * NaN
 is NaN.

@@ -44,8 +44,8 @@ def causal_conv(
     ValueError: a shape or `implementation` that cannot be.
   """
   dispatch.check_shapes(
-    x=(x, "B T D"), weight=(weight, "W D"), bias=(bias, "D"), initial_state=(initial_state, "B W-1
-    D"), segment_ids=(segment_ids, "B T"),
+    x=(x, "B T D"), weight=(weight, "W D"), bias=(bias, "D"),
+    initial_state=(initial_state, "B W-1 D"), segment_ids=(segment_ids, "B T"),
   )  # fmt: skip
   dispatch.check_segment_ids(segment_ids)
   _, run = dispatch.choose(

@@ -42,7 +42,7 @@ _declared: dict[str, tuple[Mapping[str, Implementation], Preference]] = {}
 def declare(
   op: str, implementations: Mapping[str, Implementation], preference: Preference | None = None
 ):
-  """Registers the implementations of `op`; `preference(**arguments)` lists their names best first (default: as given)."""
+  """Registers the implementations of `op`, best first unless `preference` lists them."""
   _declared[op] = (implementations, preference or (lambda **arguments: list(implementations)))
 
 

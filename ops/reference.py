@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 def _loop(update, state, inputs, segment_ids, reverse):
-  """Scans `update(state, token) -> (state, output)` over axis 1 of `inputs`, with resets and padding."""
+  """Scans `update(state, token) -> (state, output)` over time, with resets and padding."""
   rows, length = jax.tree.leaves(inputs)[0].shape[:2]
   ids = jnp.zeros((rows, length), jnp.int32) if segment_ids is None else segment_ids
 

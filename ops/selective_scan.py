@@ -26,8 +26,9 @@ def selective_scan(
   implementation: str | None = None,
   chunk_size: int | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
-  """h_t = exp(dt_t A) h_{t-1} + (dt_t x_t) B_t and y_t = h_t C_t + D x_t (Gu and Dao 2023,
-  arXiv:2312.00752).
+  """h_t = exp(dt_t A) h_{t-1} + (dt_t x_t) B_t,   y_t = h_t C_t + D x_t.
+
+  The recurrence of Mamba (Gu and Dao 2023, arXiv:2312.00752).
 
   Args:
     x: [B T D], the input.
@@ -39,9 +40,8 @@ def selective_scan(
     initial_state: [B D N], the state before the first token; None is zero.
     segment_ids: int32 [B T], documents and padding (negative), see `ops.segments`.
     reverse: scan from the right.
-    implementation: "recurrent" (one token after the other), "parallel" (associative scan over [B T
-      D N]), "chunked" (states are kept at chunk borders only and recomputed in the backward pass),
-      or None.
+    implementation: "recurrent" (one token after the other), "parallel" (associative scan),
+      "chunked" (states kept at chunk borders only, recomputed in the backward pass), or None.
     chunk_size: tokens per chunk of "chunked"; None chooses.
 
   Returns:
