@@ -1,4 +1,4 @@
-"""What a run says about itself: metrics.jsonl, TensorBoard events, a progress line, and its clock."""
+"""What a run says about itself: metrics.jsonl, TensorBoard events, a progress line, a clock."""
 
 import collections.abc
 import contextlib
@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import resource
 import sys
 import time
@@ -15,10 +16,12 @@ from typing import Any, TextIO
 
 import jax
 
+from experiments.errors import UserError
+
 FILE_NAME = "metrics.jsonl"
 
-# Dense bfloat16 peak of one JAX device, FLOP/s, from the makers' data sheets; the first name that the
-# device kind contains counts. A TPU7x chip has 2307e12 and shows up as two devices.
+# Dense bfloat16 peak of one JAX device, FLOP/s, from data sheets, by words of the device
+# kind; the first that fits counts. A TPU7x chip has 2307e12 and shows up as two devices.
 PEAK_FLOPS = {
   "H100 PCIe": 756e12,
   "H100 NVL": 835e12,
@@ -35,7 +38,9 @@ PEAK_FLOPS = {
   "TPU v5 lite": 197e12,
   "TPU v5e": 197e12,
   "TPU v5": 459e12,
-  "TPU v6": 918e12,
+  "TPU v5p": 459e12,
+  "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12,
   "TPU7x": 1153.5e12,
 }
 
@@ -43,8 +48,8 @@ PEAK_FLOPS = {
 class Metrics:
   """The run's log: one JSON object per logged step in metrics.jsonl, and TensorBoard events.
 
-  Each line is on disk when `write` returns. In a run of several processes only the first one writes.
-  A line that a killed run left half-written is dropped when the log is opened again.
+  Each line has left the program when `write` returns. In a run of several processes only the first
+  one writes. A line that a killed run left half-written is dropped when the log is opened again.
   """
 
   def __init__(self, workdir: str | os.PathLike, *, tensorboard: bool = True):
@@ -69,8 +74,8 @@ class Metrics:
 
     Args:
       step: Optimizer steps done.
-      values: Key -> number (or a scalar array), string, or None. A number that is not finite becomes
-        null, for JSON knows no NaN.
+      values: Key -> number (or a scalar array), string, or None. A number that is not finite
+        becomes null, for JSON knows no NaN.
     """
     if not self._writes:
       return
@@ -133,22 +138,23 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
   A half-written last line is left out.
 
   Raises:
-    FileNotFoundError: There is no such file.
-    ValueError: A line other than the last is not a JSON object with a step.
+    UserError: There is no such file, or a line other than the last is no JSON object with a step.
   """
   path = pathlib.Path(path)
   if path.is_dir():
     path = path / FILE_NAME
-  *lines, torn = path.read_text().split("\n")
-  del torn  # Empty, unless a write was cut short.
+  if not path.exists():
+    raise UserError(f"{path} does not exist")
+  # What follows the last newline is nothing, unless a write was cut short.
+  *lines, _ = path.read_text().split("\n")
   rows = []
   for number, line in enumerate(lines, 1):
     try:
       row = json.loads(line)
     except ValueError:
-      raise ValueError(f"{path} line {number} is not JSON: {line[:80]!r}") from None
+      raise UserError(f"{path} line {number} is not JSON: {line[:80]!r}") from None
     if not isinstance(row, dict) or "step" not in row:
-      raise ValueError(f"{path} line {number} has no step: {line[:80]!r}")
+      raise UserError(f"{path} line {number} has no step: {line[:80]!r}")
     rows.append(row)
   return rows
 
@@ -234,7 +240,8 @@ def peak_flops(device: jax.Device) -> float | None:
   if device.platform == "cpu":
     return None
   kind = device.device_kind
-  return next((peak for name, peak in PEAK_FLOPS.items() if name.lower() in kind.lower()), None)
+  fits = (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", kind))
+  return next(fits, None)
 
 
 def resident_gib() -> float:
@@ -287,8 +294,8 @@ def progress_line(
 class Progress:
   """Shows progress lines: on a terminal one line that is rewritten, elsewhere a line now and then.
 
-  `say` prints what should stay, without tearing the line that is being rewritten. In a run of several
-  processes only the first one prints.
+  `say` prints what should stay, without tearing the line that is being rewritten. In a run of
+  several processes only the first one prints.
   """
 
   def __init__(
