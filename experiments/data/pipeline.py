@@ -1,0 +1,138 @@
+"""The batches of a run, from the group `data` of its config."""
+
+import sys
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+
+from experiments.data import datasets, token_store, tokenizers
+from experiments.data.packed import PackedBatches
+from experiments.data.streaming import EvaluationBatches, StreamingBatches
+from experiments.errors import UserError
+
+_MODES = {"packed": PackedBatches, "streaming": StreamingBatches}
+
+
+class TrainBatches:
+  """An endless iterator over batches, prepared ahead of time by threads.
+
+  Batch n is a pure function of the config, the seed and n, so the state is n alone: the same in
+  every process, and valid for any number of processes.
+
+  Attributes:
+    tokenizer: what encoded the text.
+    tokens_per_byte: bits_per_byte = nats_per_token * tokens_per_byte / ln 2.
+  """
+
+  def __init__(self, batches, tokenizer, tokens_per_byte: float, prefetch: int):
+    self.tokenizer = tokenizer
+    self.tokens_per_byte = tokens_per_byte
+    options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
+    dataset = grain.MapDataset.range(sys.maxsize).map(batches.__getitem__)
+    self._iterator = iter(dataset.to_iter_dataset(options))
+
+  def __iter__(self) -> "TrainBatches":
+    return self
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    return next(self._iterator)
+
+  def get_state(self) -> dict:
+    """Returns the number of the batch that comes next, JSON-able."""
+    return {"next_batch": self._iterator.get_state()["next_index"]}
+
+  def set_state(self, state: dict) -> None:
+    """Goes on, or back, to the batch that `state` says."""
+    self._iterator.set_state({"next_index": int(state["next_batch"])})
+
+
+def tokenizer(data_config):
+  """Returns the tokenizer that data_config.tokenizer names."""
+  return tokenizers.load(data_config.tokenizer)
+
+
+def train_batches(
+  data_config,
+  *,
+  batch_size: int,
+  seed: int,
+  process_index: int | None = None,
+  process_count: int | None = None,
+) -> TrainBatches:
+  """Returns the batches to train on, from the split data_config.train_split.
+
+  Each batch is a dict of int32 arrays [B T]: inputs, targets, segment_ids (0, 1, ... along a row,
+  -1 at padding, whose targets must not be counted), positions (index of the input in its
+  document, whose boundary token has 0). In mode "streaming" also `continues`, bool [B]: the row's
+  first token belongs to the document of its last token in the batch before.
+
+  Args:
+    data_config: the group `data`.
+    batch_size: B over all processes.
+    seed: of the order of rows or documents; 0 <= seed < 2**64.
+    process_index, process_count: which of how many equal slices of the global batch's rows to
+      yield; of this process among all by default.
+
+  Raises:
+    UserError: a field that is wrong, data that are missing or unreadable, or a full disk.
+  """
+  if data_config.mode not in _MODES:
+    raise UserError(f"data.mode={data_config.mode!r} is unknown: allowed are {', '.join(_MODES)}")
+  rows = _rows(batch_size, process_index, process_count)
+  encoder, store = _store(data_config, data_config.train_split)
+  batches = _MODES[data_config.mode](store, batch_size, data_config.T, seed, rows)
+  return TrainBatches(batches, encoder, store.tokens_per_byte, data_config.prefetch)
+
+
+def evaluation_batches(
+  data_config,
+  split: str,
+  *,
+  batch_size: int,
+  T: int | None = None,
+  max_tokens: int | None = None,
+  process_index: int | None = None,
+  process_count: int | None = None,
+) -> EvaluationBatches:
+  """Returns one exact pass over a split: the state is to be carried from batch to batch.
+
+  Batches are those of mode "streaming"; there are `len` of them; see EvaluationBatches.
+
+  Args:
+    data_config: the group `data`.
+    split: a TFDS split string, such as data_config.validation_split.
+    batch_size: B over all processes.
+    T: tokens per row and batch; data_config.T by default.
+    max_tokens: only the first so many targets of the split.
+    process_index, process_count: as in train_batches.
+
+  Raises:
+    UserError: as train_batches.
+  """
+  rows = _rows(batch_size, process_index, process_count)
+  encoder, store = _store(data_config, split)
+  batches = EvaluationBatches(store, batch_size, T or data_config.T, max_tokens, rows)
+  batches.tokenizer, batches.tokens_per_byte = encoder, store.tokens_per_byte
+  return batches
+
+
+def _store(data_config, split: str):
+  if data_config.T < 1:
+    raise UserError(f"data.T={data_config.T} tokens per row: at least 1 is needed")
+  encoder = tokenizer(data_config)
+  texts, key = datasets.open_texts(data_config, split)
+  cache_directory = Path(data_config.cache_directory).expanduser()
+  return encoder, token_store.open_or_create(texts, encoder, cache_directory, key)
+
+
+def _rows(batch_size: int, process_index: int | None, process_count: int | None) -> slice:
+  index = jax.process_index() if process_index is None else process_index
+  count = jax.process_count() if process_count is None else process_count
+  if batch_size < 1 or batch_size % count:
+    raise UserError(
+      f"train.batch_size={batch_size} must be a positive multiple of the {count} processes"
+    )
+  size = batch_size // count
+  return slice(index * size, (index + 1) * size)
