@@ -50,6 +50,10 @@ class Austen(tfds.core.GeneratorBasedBuilder):
   def _split_generators(self, dl_manager):
     return {split: self._generate_examples(novels) for split, novels in _NOVELS.items()}
 
+  def text_bytes(self) -> int:
+    """Returns the length of the whole corpus."""
+    return sum(len(novel_text(file)) for novels in _NOVELS.values() for file in novels)
+
   def _generate_examples(self, novels: dict[str, str]):
     for file, title in novels.items():
       novel = novel_text(file)

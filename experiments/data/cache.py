@@ -3,11 +3,14 @@
 import contextlib
 import errno
 import fcntl
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from experiments.errors import UserError
+
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 @contextlib.contextmanager
@@ -23,35 +26,27 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def full_disk_reported(directory: Path, bytes_needed: Callable[[], int]) -> Iterator[None]:
-  """Turns "no space left" and "not allowed here" into a message that names the directory.
+def disk_errors_reported(directory: Path, bytes_needed: Callable[[], int]) -> Iterator[None]:
+  """Turns the errors of a disk that is full or not ours to write on into one line.
 
   Raises:
-    UserError: the directory cannot be written to.
+    UserError: names the directory, and for a full disk the bytes needed and those free.
   """
   try:
     yield
-  except OSError as error:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+  except (OSError, RuntimeError) as error:
+    number = getattr(error, "errno", None)
+    # ArrayRecord's writer raises a RuntimeError with the system's words in it.
+    if number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
       raise UserError(
-        f"data.cache_directory: the disk is full at {directory}: about {bytes_needed():,} bytes "
-        f"needed, {_free_bytes(directory):,} free"
+        f"the disk of {directory} is full (data.cache_directory sets another): "
+        f"about {bytes_needed():,} bytes needed, {_free_bytes(directory):,} free"
       ) from error
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+    if number in _REFUSALS:
       raise UserError(
-        f"data.cache_directory: cannot write to {directory}: {error.strerror}"
+        f"{directory} cannot be written (data.cache_directory sets another): {error.strerror}"
       ) from error
     raise
-
-
-def require_space(directory: Path, bytes_needed: int) -> None:
-  """Raises UserError where `directory`'s disk has less than `bytes_needed` left."""
-  free = _free_bytes(directory)
-  if free < bytes_needed:
-    raise UserError(
-      f"data.cache_directory: the disk is full at {directory}: about {bytes_needed:,} bytes "
-      f"needed, {free:,} free"
-    )
 
 
 def _free_bytes(directory: Path) -> int:

@@ -16,15 +16,20 @@ _OWN = 'its own are "austen/chapters", "austen/novels" and "folder"; else a prep
 class Texts:
   """The documents of one split as a sequence of bytes, read when asked for."""
 
-  def __init__(self, source, feature: str):
-    self._source = source
-    self._feature = feature
+  def __init__(self, source, feature: str, directory: str):
+    self._source, self._feature, self._directory = source, feature, directory
 
   def __len__(self) -> int:
     return len(self._source)
 
   def __getitem__(self, index: int) -> bytes:
-    text = self._source[index][self._feature]
+    try:
+      text = self._source[index][self._feature]
+    except RuntimeError as error:
+      raise UserError(
+        f"the prepared data in {self._directory} are damaged ({_first_line(error)}): delete that "
+        "directory to have them made again"
+      ) from error
     return text.encode() if isinstance(text, str) else bytes(text)
 
 
@@ -40,33 +45,32 @@ def open_texts(data_config, split: str) -> tuple[Texts, dict]:
   """
   tfds.disable_progress_bar()
   builder = _builder(data_config)
-  feature = data_config.text_feature if data_config.name != "folder" else "text"
-  if not isinstance(dict(builder.info.features.items()).get(feature), tfds.features.Text):
-    texts = [name for name, kind in builder.info.features.items() if _is_text(kind)]
+  info = builder.info
+  # For a folder the field says where the text is in a .jsonl line.
+  feature = "text" if data_config.name == "folder" else data_config.text_feature
+  text_features = [name for name, kind in info.features.items() if _is_text(kind)]
+  if feature not in text_features:
     raise UserError(
-      f"data.text_feature={feature!r} is no text of {builder.info.full_name}: "
-      f"its texts are {', '.join(texts) or 'none'}"
+      f"data.text_feature={feature!r} is no text feature of {info.full_name}: "
+      f"it has {', '.join(text_features) or 'none'}"
     )
   try:
     source = builder.as_data_source(split)
   except (ValueError, KeyError, NotImplementedError) as error:
     raise UserError(
       f"split {split!r} of data.name={data_config.name!r} cannot be read: "
-      f"its splits are {', '.join(builder.info.splits)} ({_first_line(error)})"
+      f"its splits are {', '.join(info.splits)} ({_first_line(error)})"
     ) from error
   if not len(source):
     raise UserError(f"split {split!r} of data.name={data_config.name!r} has no documents")
-  written = {
-    name: [info.num_examples, info.num_bytes] for name, info in builder.info.splits.items()
-  }
   key = {
-    "dataset": builder.info.full_name,
+    "dataset": info.full_name,
     "directory": str(builder.data_dir),
-    "written": written,
+    "written": {name: [part.num_examples, part.num_bytes] for name, part in info.splits.items()},
     "feature": feature,
     "split": split,
   }
-  return Texts(source, feature), key
+  return Texts(source, feature, str(builder.data_dir)), key
 
 
 def _is_text(feature) -> bool:
@@ -91,11 +95,15 @@ def _prepared(builder: tfds.core.DatasetBuilder, root: Path) -> tfds.core.Datase
 
   TFDS writes to a directory of another name and renames it, so what exists is whole.
   """
-  if not builder.is_prepared():
-    with cache.full_disk_reported(root, lambda: 0), cache.exclusive(root / builder.name):
-      for leftover in Path(builder.data_dir).parent.glob("*incomplete*"):
+  directory = Path(builder.data_dir)
+  if not directory.exists():
+    with (
+      cache.disk_errors_reported(root, builder.text_bytes),
+      cache.exclusive(root / builder.name),
+    ):
+      for leftover in directory.parent.glob("incomplete*"):
         shutil.rmtree(leftover, ignore_errors=True)
-      if not builder.is_prepared():
+      if not directory.exists():
         # TFDS announces a download, which there is not.
         with contextlib.redirect_stdout(io.StringIO()):
           builder.download_and_prepare()

@@ -80,6 +80,10 @@ def train_batches(
   """
   if data_config.mode not in _MODES:
     raise UserError(f"data.mode={data_config.mode!r} is unknown: allowed are {', '.join(_MODES)}")
+  if not 0 <= seed < 2**64:
+    raise UserError(f"train.seed={seed} must be at least 0 and less than 2**64")
+  if data_config.prefetch < 0:
+    raise UserError(f"data.prefetch={data_config.prefetch} batches: at least 0 is needed")
   rows = _rows(batch_size, process_index, process_count)
   encoder, store = _store(data_config, data_config.train_split)
   batches = _MODES[data_config.mode](store, batch_size, data_config.T, seed, rows)
@@ -98,7 +102,7 @@ def evaluation_batches(
 ) -> EvaluationBatches:
   """Returns one exact pass over a split: the state is to be carried from batch to batch.
 
-  Batches are those of mode "streaming"; there are `len` of them; see EvaluationBatches.
+  Batches are those of mode "streaming", `len` of them; see EvaluationBatches.
 
   Args:
     data_config: the group `data`.
@@ -112,10 +116,8 @@ def evaluation_batches(
     UserError: as train_batches.
   """
   rows = _rows(batch_size, process_index, process_count)
-  encoder, store = _store(data_config, split)
-  batches = EvaluationBatches(store, batch_size, T or data_config.T, max_tokens, rows)
-  batches.tokenizer, batches.tokens_per_byte = encoder, store.tokens_per_byte
-  return batches
+  _, store = _store(data_config, split)
+  return EvaluationBatches(store, batch_size, T or data_config.T, max_tokens, rows)
 
 
 def _store(data_config, split: str):

@@ -26,6 +26,7 @@ class StreamingBatches:
   goes to row j mod batch_size, so any run of D deals holds each of the D documents once. A row that
   got shorter documents runs ahead of the others; rows are left to drift so because balancing them
   by length would mean to cut documents, to pad, or to fix which documents share a row.
+  With fewer documents than rows, rows read the same document in step.
 
   Args:
     store: the split.
@@ -111,6 +112,11 @@ class EvaluationBatches:
     self._batches = -(-max(load for load, _ in loads) // T)
     self._documents = [np.array(documents, np.int64) for documents in dealt[rows]]
     self._ends = [np.cumsum(lengths[documents]) for documents in self._documents]
+
+  @property
+  def tokens_per_byte(self) -> float:
+    """That of the whole split, see TokenStore."""
+    return self._store.tokens_per_byte
 
   def __len__(self) -> int:
     return self._batches

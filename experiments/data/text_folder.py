@@ -10,7 +10,8 @@ import tensorflow_datasets as tfds
 
 from experiments.errors import UserError
 
-_CUT_LIMIT = 4
+# A tail cut off a train document is at most this part of it: one in ...
+_LARGEST_TAIL = 4
 
 
 class TextFolder(tfds.core.GeneratorBasedBuilder):
@@ -22,8 +23,8 @@ class TextFolder(tfds.core.GeneratorBasedBuilder):
   quarter of that document. A split with fraction 0 does not exist. Documents without text are left
   out.
 
-  The config's name holds a fingerprint of the files' names, sizes and times of change: a folder
-  that has changed is another data set.
+  The directory of the prepared data, below data_dir, is named after a fingerprint of the files'
+  names, sizes and times of change: a folder that has changed is prepared anew.
 
   Args:
     folder: the directory.
@@ -45,6 +46,7 @@ class TextFolder(tfds.core.GeneratorBasedBuilder):
     key: str = "text",
     validation_fraction: float = 0.01,
     test_fraction: float = 0.01,
+    data_dir: str | Path,
     **kwargs,
   ):
     self._folder = Path(folder).expanduser().resolve()
@@ -56,10 +58,9 @@ class TextFolder(tfds.core.GeneratorBasedBuilder):
         "must be at least 0 and their sum less than 1"
       )
     settings = [str(self._folder), key, validation_fraction, test_fraction]
-    fingerprint = _fingerprint(self._folder, settings)
     label = re.sub(r"[^A-Za-z0-9]+", "_", self._folder.name)[:40]
-    config = tfds.core.BuilderConfig(name=f"{label}-{fingerprint}", description=str(self._folder))
-    super().__init__(config=config, **kwargs)
+    fingerprint = _fingerprint(self._folder, settings)
+    super().__init__(data_dir=Path(data_dir) / f"{label}-{fingerprint}", **kwargs)
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
@@ -74,29 +75,23 @@ class TextFolder(tfds.core.GeneratorBasedBuilder):
     lengths = {name: len(text) for name, text in read_documents(self._folder, self._key)}
     if not lengths:
       raise UserError(f"data.directory={str(self._folder)!r}: its files hold no text")
-    assigned = {name: self._split(name) for name in lengths}
-    longest = max(lengths, key=lengths.get)
-    if "train" not in assigned.values():
-      assigned[longest] = "train"
-    longest = max((name for name in lengths if assigned[name] == "train"), key=lengths.get)
-    # The longest train document gives its tail to the splits that got no document.
-    pieces = {"train": (0, lengths[longest])}
+    splits = {"train": {}, "validation": {}, "test": {}}
+    for name in lengths:
+      splits[self._split(name)][name] = slice(None)
+    train = splits["train"]
+    if not train:
+      longest = max(lengths, key=lengths.get)
+      train[longest] = splits[self._split(longest)].pop(longest)
+    longest = max(train, key=lengths.get)
+    end = lengths[longest]
     for split, fraction in self._fractions.items():
-      begin, end = pieces["train"]
-      if fraction and split not in assigned.values() and end > 1:
-        wanted = max(1, round(fraction * sum(lengths.values())))
-        cut = max(1, end - min(wanted, max(1, lengths[longest] // _CUT_LIMIT)))
-        pieces[split] = (cut, end)
-        pieces["train"] = (begin, cut)
-    splits = {*assigned.values(), *pieces}
-    return {
-      split: self._generate_examples(
-        {name for name in lengths if assigned[name] == split and name != longest},
-        (longest, pieces.get(split)),
-      )
-      for split in ("train", "validation", "test")
-      if split in splits
-    }
+      if fraction and not splits[split] and end > 1:
+        tail = min(round(fraction * sum(lengths.values())), lengths[longest] // _LARGEST_TAIL)
+        cut = end - max(1, tail)
+        splits[split][longest] = slice(cut, end)
+        train[longest] = slice(0, cut)
+        end = cut
+    return {split: self._generate_examples(parts) for split, parts in splits.items() if parts}
 
   def _split(self, name: str) -> str:
     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
@@ -106,12 +101,14 @@ class TextFolder(tfds.core.GeneratorBasedBuilder):
       place -= fraction
     return "train"
 
-  def _generate_examples(self, names: set[str], cut: tuple[str, tuple[int, int] | None]):
+  def _generate_examples(self, parts: dict[str, slice]):
     for name, text in read_documents(self._folder, self._key):
-      if name == cut[0] and cut[1]:
-        yield name, {"text": text[slice(*cut[1])], "source": name}
-      elif name in names:
-        yield name, {"text": text, "source": name}
+      if name in parts:
+        yield name, {"text": text[parts[name]], "source": name}
+
+  def text_bytes(self) -> int:
+    """Returns the length of all files."""
+    return sum(path.stat().st_size for path in _files(self._folder))
 
 
 def builder(data_config, data_dir: Path) -> TextFolder:

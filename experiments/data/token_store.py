@@ -78,7 +78,7 @@ def open_or_create(texts: Sequence[bytes], tokenizer, cache_directory: Path, key
   if store is None:
     written = {"documents": 0, "bytes": 0}
     needed = lambda: written["bytes"] * len(texts) // max(1, written["documents"])
-    with cache.full_disk_reported(directory, needed), cache.exclusive(directory):
+    with cache.disk_errors_reported(directory, needed), cache.exclusive(directory):
       store = _read(directory, key, tokenizer)
       if store is None:
         partial = directory.with_name(f"{directory.name}.partial")

@@ -21,7 +21,10 @@ class ByteTokenizer:
 
   def decode(self, ids) -> bytes:
     """Returns the text of ids; boundaries have none."""
-    return b"".join(self.decode_bytes(int(id)) for id in ids)
+    ids = np.asarray(ids)
+    for id in (ids.min(), ids.max()) if ids.size else ():
+      _check_id(id, self.vocab_size)
+    return ids[ids != self.boundary].astype(np.uint8).tobytes()
 
   def decode_bytes(self, id: int) -> bytes:
     """Returns the bytes of one id, for printing a sample while it grows."""
