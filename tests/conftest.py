@@ -1,4 +1,4 @@
-"""Eight CPU devices and checked shapes, both before anything imports JAX or the packages under test."""
+"""Eight CPU devices and checked shapes, before anything imports JAX or the packages tested."""
 
 import os
 
@@ -8,6 +8,6 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
   if "host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
 install_import_hook(["ops", "lm_models"], "beartype.beartype")

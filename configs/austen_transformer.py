@@ -1,0 +1,17 @@
+"""A transformer with rotary positions on the Austen corpus: the baseline.
+
+python run.py --config=configs/austen_transformer.py
+"""
+
+from configs import austen_mamba, defaults
+
+
+def get_config(arg=None):
+  """Causal softmax attention and gated MLPs, of the size of austen_mamba.py, on the same
+  batches."""
+  config = austen_mamba.get_config()
+  config.model.pattern = ("attention",)
+  config.model.attention.H = 5
+  config.model.attention.context = 512
+  config.model.attention.mlp_width = 384
+  return defaults.variant(config, arg)

@@ -1,0 +1,199 @@
+"""Every field that an experiment has, with its default and its unit. An experiment's file changes some."""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config(arg=None):
+  """The fields and their defaults. `tiny` shrinks the model and the run to seconds on a laptop."""
+  config = ConfigDict()
+
+  config.data = data = ConfigDict()
+  data.name = "austen/chapters"  # austen/chapters, austen/novels, folder, or a TFDS data set's name
+  data.directory = (
+    ""  # the folder of .txt and .jsonl files, or where TFDS keeps data; empty is the usual place
+  )
+  data.text_feature = "text"  # feature or JSON key that holds the text
+  data.tokenizer = "bytes"  # bytes, or the path of a sentencepiece model
+  data.mode = (
+    "packed"  # packed: shuffled rows; streaming: documents run on from batch to batch, with state
+  )
+  data.T = 256  # length of a row, tokens
+  data.train_split = "train"  # split to train on, in TFDS notation
+  data.validation_split = "validation"  # split to validate on
+  data.test_split = "test"  # split to test on
+  data.cache_directory = "~/.cache/recurrax"  # where prepared data lie
+  data.prefetch = 4  # batches made ahead
+
+  config.model = model = ConfigDict()
+  model.vocab_size = 264  # rows of the embedding; at least the tokenizer's vocabulary (bytes: 257)
+  model.D = 256  # model width
+  model.L = 4  # blocks
+  model.pattern = ("mamba",)  # kinds of block, repeated until there are L
+  model.tied = True  # the head is the embedding, transposed
+  model.norm_epsilon = 1e-5  # of every RMSNorm
+  model.embedding_scale = 0.02  # standard deviation of the initial embedding
+  model.remat = (
+    "none"  # what the forward pass keeps: none (everything), dots (matrix products), full (nothing)
+  )
+  model.unroll = 1  # repeats of the pattern unrolled in one step of the scan over layers
+  model.dtype = "float32"  # of matrix products and activations: float32 or bfloat16
+
+  model.mamba = mamba = ConfigDict()
+  mamba.expand = 2  # inner width, in multiples of D
+  mamba.N = 16  # state size of each inner channel
+  mamba.W = 4  # width of the convolution, tokens
+  mamba.dt_rank = config_dict.placeholder(int)  # rank of the projection to dt; None is ceil(D / 16)
+  mamba.dt_min = 1e-3  # smallest initial time step
+  mamba.dt_max = 0.1  # largest initial time step
+  mamba.dt_floor = 1e-4  # initial time steps are not smaller than this
+  mamba.mlp_width = 0  # width of a gated MLP after the mixer; 0 leaves it out
+  mamba.implementation = config_dict.placeholder(str)  # recurrent, parallel, chunked; None chooses
+
+  model.attention = _attention(None)
+  model.sliding_attention = _attention(256)
+
+  config.optim = optim = ConfigDict()
+  optim.name = "adamw"  # adamw, or muon (matrices by Muon, the rest by AdamW)
+  optim.learning_rate = 3e-3  # at its peak
+  optim.b1 = 0.9  # decay of the first moment
+  optim.b2 = 0.95  # decay of the second moment
+  optim.epsilon = 1e-8  # added to the root of the second moment
+  optim.momentum = 0.95  # of Muon
+  optim.weight_decay = 0.1  # per step, in multiples of the learning rate
+  optim.clip_norm = 1.0  # largest global norm of a gradient; 0 does not clip
+  optim.muon_rules = (
+    (r"_proj/kernel$", True),
+    (r".*", False),
+  )  # parameters that Muon takes: (regex, yes or no)
+  # Multipliers of weight decay by parameter: (regex over its path, factor), the first match counts.
+  optim.weight_decay_rules = (
+    (r"(scale|bias|A_log|skip|conv_weight)$", 0.0),
+    (r".*", 1.0),
+  )
+  optim.learning_rate_rules = ((r".*", 1.0),)  # likewise, of the learning rate; 0 freezes
+
+  config.schedule = schedule = ConfigDict()
+  schedule.name = "cosine"  # cosine, wsd (warm up, stay, decay) or constant
+  schedule.warmup_steps = 20  # linear rise from 0, steps
+  schedule.decay_fraction = 0.2  # of the run, the decay at the end of wsd
+  schedule.final_fraction = 0.1  # learning rate at the end, of its peak
+
+  config.mesh = mesh = ConfigDict()
+  mesh.data = -1  # devices that share the batch; one of the four may be -1, the rest of the devices
+  mesh.fsdp = 1  # devices that share the batch and the parameters
+  mesh.tensor = 1  # devices that share the width
+  mesh.seq = 1  # devices that share time
+
+  config.train = train = ConfigDict()
+  train.steps = 1000  # optimizer steps
+  train.batch_size = 16  # rows a step, over all devices
+  train.accumulate = 1  # microbatches that a step is computed in, one after the other
+  train.seed = 0  # of the initial parameters and the order of the data
+  train.ema_decay = 0.0  # of an average of the weights, used to evaluate and sample; 0 keeps none
+  train.spike_sigma = 6.0  # a step is skipped whose loss or gradient norm is this far above the recent ones; 0 skips none
+  train.spike_window = 128  # recent steps that a spike is measured against
+  train.max_skipped = 10  # skipped steps in a row that end the run
+
+  config.eval = evaluation = ConfigDict()
+  evaluation.every_steps = 200  # steps between validations; 0 validates at the end only
+  evaluation.batch_size = 16  # rows
+  evaluation.T = 512  # tokens of a row in one call
+  evaluation.max_tokens = 65536  # tokens of a validation during training; 0 is the whole split
+  evaluation.final_max_tokens = 0  # likewise, of the splits at the end of a run and in --mode=eval
+  evaluation.checkpoint = (
+    "newest"  # what eval and sample read: newest, best, or the number of a step
+  )
+  evaluation.carry_state = (
+    True  # documents are read from start to end with state; False starts every T tokens anew
+  )
+
+  config.checkpoint = checkpoint = ConfigDict()
+  checkpoint.every_steps = 200  # steps between checkpoints; the last step has one always
+  checkpoint.keep_last = 2  # newest checkpoints kept
+  checkpoint.keep_best = 1  # best checkpoints kept, by validation/bits_per_byte
+  checkpoint.keep_every_hours = (
+    1.0  # hours between checkpoints that are kept for ever; 0 keeps none so
+  )
+
+  config.log = log = ConfigDict()
+  log.every_steps = 10  # steps between lines of metrics.jsonl
+  log.tensorboard = True  # writes TensorBoard events too, where tensorboardX is installed
+
+  config.sample = sample = ConfigDict()
+  sample.prompt = "It is a truth universally acknowledged, that "  # text to go on from
+  sample.tokens = 400  # tokens to make
+  sample.temperature = 0.8  # 0 takes the likeliest token
+  sample.top_k = 0  # only the k likeliest tokens; 0 is all
+  sample.top_p = 1.0  # only the likeliest tokens with this much probability together
+  sample.seed = 0  # of the choices
+
+  return variant(config, arg)
+
+
+def _attention(window):
+  attention = ConfigDict()
+  attention.H = 4  # query heads
+  attention.kv_heads = config_dict.placeholder(int)  # key and value heads; None is H
+  attention.K = config_dict.placeholder(int)  # width of a head, even; None is D / H
+  attention.window = config_dict.placeholder(
+    int
+  )  # tokens a token sees, itself included; None is all
+  attention.window = window
+  attention.context = 2048  # keys and values kept in the state where window is None, tokens
+  attention.rotary_base = 10000.0  # longest wavelength of the rotary positions / 2 pi, tokens
+  attention.mlp_width = config_dict.placeholder(
+    int
+  )  # of the gated MLP; None is 8 D / 3 up to 256; 0 is none
+  return attention
+
+
+def variant(config, arg, **others):
+  """`config` as it is for no argument, shrunk for `tiny`, or changed by `others[arg]`.
+
+  Args:
+    config: the experiment's full-size config; changed in place.
+    arg: what stands behind the colon of --config=file.py:arg, or None.
+    **others: functions of the config by argument.
+
+  Returns:
+    The config.
+
+  Raises:
+    ValueError: an argument that the experiment does not have.
+  """
+  others = {"tiny": _tiny, **others}
+  if arg and arg not in others:
+    raise ValueError(f"unknown argument {arg!r}, there are {sorted(others)}")
+  if arg:
+    others[arg](config)
+  return config
+
+
+def _tiny(config):
+  config.data.T = 32
+  config.model.D = 32
+  config.model.L = len(config.model.pattern)
+  config.model.vocab_size = 264
+  config.model.remat = "none"
+  config.model.dtype = "float32"
+  config.model.mamba.N = 4
+  for attention in (config.model.attention, config.model.sliding_attention):
+    attention.H = 2
+    attention.kv_heads = None
+    attention.K = None
+    attention.mlp_width = 64
+    attention.context = 64
+  config.model.sliding_attention.window = 16
+  config.data.tokenizer = "bytes"
+  config.train.steps = 20
+  config.train.batch_size = 8
+  config.train.accumulate = 1
+  config.schedule.warmup_steps = 2
+  config.eval.every_steps = 10
+  config.eval.batch_size = 8
+  config.eval.T = 64
+  config.eval.max_tokens = 2048
+  config.eval.final_max_tokens = 8192
+  config.checkpoint.every_steps = 10
+  config.log.every_steps = 1
+  config.sample.tokens = 40

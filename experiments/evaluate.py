@@ -1,0 +1,102 @@
+"""Bits per byte of a split, as a whole and by position in the document."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import sharding
+from experiments.data import pipeline
+from experiments.errors import UserError
+from experiments.train_step import batch_nats, model_config
+from lm_models import lm
+
+# Bucket i holds the positions 2^i - 1 .. 2^(i+1) - 2.
+BUCKETS = 31
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """What `evaluate` measured over the tokens of a split.
+
+  Attributes:
+    bits_per_byte: the mean.
+    tokens: how many targets were predicted.
+    by_position: (first position, last position, tokens, bits per byte) for each power of two.
+  """
+
+  bits_per_byte: float
+  tokens: int
+  by_position: tuple[tuple[int, int, int, float], ...]
+
+
+class Evaluator:
+  """Evaluates parameters on splits; compiles once."""
+
+  def __init__(self, config, mesh: jax.sharding.Mesh):
+    """Args: config: the experiment. mesh: from `sharding.make_mesh`."""
+    shards = sharding.batch_shards(mesh)
+    if config.eval.batch_size % shards:
+      raise UserError(
+        f"eval.batch_size is {config.eval.batch_size}, must be a multiple of mesh.data * mesh.fsdp"
+        f" = {shards}"
+      )
+    self._config, self._mesh = config, mesh
+    self._model = model_config(config)
+    self._step = jax.jit(functools.partial(_step, self._model), donate_argnums=2)
+
+  def __call__(self, params, split: str, max_tokens: int = 0) -> Evaluation:
+    """Reads a split from start to end.
+
+    Args:
+      params: of the model.
+      split: "validation" or "test", whose TFDS names are in the group `data`.
+      max_tokens: stops after about so many; 0 reads everything.
+    """
+    config, mesh = self._config, self._mesh
+    batches = pipeline.evaluation_batches(
+      config.data,
+      config.data[f"{split}_split"],
+      batch_size=config.eval.batch_size,
+      T=config.eval.T,
+      max_tokens=max_tokens or None,
+    )
+    carry = jax.device_put(
+      lm.init_state(self._model, config.eval.batch_size),
+      sharding.state_shardings(mesh, lm.init_state(self._model, 1)),
+    )
+    nats, counts = np.zeros(BUCKETS), np.zeros(BUCKETS, np.int64)
+    pending = None
+    for batch in batches:
+      if not config.eval.carry_state:
+        batch["continues"] = np.zeros_like(batch["continues"])
+      sums, carry = self._step(params, sharding.place_batch(mesh, batch), carry)
+      if pending is not None:
+        nats, counts = nats + np.asarray(pending[0]), counts + np.asarray(pending[1])
+      pending = sums
+    if pending is not None:
+      nats, counts = nats + np.asarray(pending[0]), counts + np.asarray(pending[1])
+    bits_per_nat = batches.tokens_per_byte / math.log(2)
+    return Evaluation(
+      bits_per_byte=float(nats.sum() / max(counts.sum(), 1) * bits_per_nat),
+      tokens=int(counts.sum()),
+      by_position=tuple(
+        (2**i - 1, 2 ** (i + 1) - 2, int(counts[i]), float(nats[i] / counts[i] * bits_per_nat))
+        for i in range(BUCKETS)
+        if counts[i]
+      ),
+    )
+
+
+def _step(model, params, batch, carry):
+  """Sums over one batch: nats and targets in each bucket of positions, and the state after it."""
+  carry = lm.keep_state(carry, batch["continues"])
+  nats, real, carry = batch_nats(model, params, batch, carry)
+  edges = 2 ** jnp.arange(1, BUCKETS, dtype=jnp.int32) - 1
+  bucket = jnp.searchsorted(edges, batch["positions"], side="right")
+  sums = jnp.zeros(BUCKETS).at[bucket].add(nats)
+  counts = jnp.zeros(BUCKETS, jnp.int32).at[bucket].add(real)
+  return (sums, counts), carry

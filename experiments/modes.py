@@ -1,0 +1,78 @@
+"""What each --mode does with a config and a run's directory."""
+
+import pathlib
+
+import jax
+
+from experiments import configuration, metrics, report, sharding, train_step, workspace
+from experiments.checkpoints import Checkpoints
+from experiments.errors import UserError
+from experiments.evaluate import Evaluator
+from experiments.train import evaluation_params, train
+
+
+def run(invocation: configuration.Invocation) -> None:
+  """Does what the command line asks for.
+
+  Raises:
+    UserError: in one line, what the person at the keyboard can mend.
+  """
+  MODES[invocation.mode](invocation.config, invocation.workdir)
+
+
+def _eval(config, workdir: str) -> None:
+  """Bits per byte of the validation and test splits."""
+  mesh = sharding.make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    evaluator = Evaluator(config, mesh)
+    params, step = _trained(config, workdir, mesh)
+    progress = metrics.Progress()
+    progress.say(f"checkpoint of step {step}")
+    results = report.evaluate_splits(config, evaluator, params, progress)
+    for path in report.write_evaluation(results, pathlib.Path(workdir)):
+      progress.say(f"wrote {path}")
+
+
+def _sample(config, workdir: str) -> None:
+  """Streams text to the terminal."""
+  report.generate.check(config.sample)
+  mesh = sharding.make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    params, _ = _trained(config, workdir, mesh)
+    print(config.sample.prompt, end="", flush=True)
+    for piece in report.sample_text(config, train_step.model_config(config), params):
+      print(piece, end="", flush=True)
+    print()
+
+
+def _trained(config, workdir: str, mesh):
+  """Parameters, the averaged ones where there are, of the checkpoint asked for, and its step."""
+  if not (pathlib.Path(workdir) / "config.json").exists():
+    raise UserError(f"--workdir {workdir} holds no run: train first, with the same command")
+  workspace.check_same_model(config, workdir)
+  # What a checkpoint holds (moments, averages, carried state) is as the run's own config says.
+  stored = configuration.load(pathlib.Path(workdir) / "config.json")
+  directory = pathlib.Path(workdir) / "checkpoints"
+  checkpoints = Checkpoints(directory, keep_last=1, keep_best=1, keep_every_hours=0, read_only=True)
+  step = _chosen(config.eval.checkpoint, checkpoints)
+  restored = checkpoints.restore(train_step.abstract_state(stored, mesh), step)
+  checkpoints.close()
+  if restored is None:
+    raise UserError(
+      f"{workdir}/checkpoints holds no checkpoint: train first, with the same command"
+    )
+  return evaluation_params(restored.state), restored.step
+
+
+def _chosen(which: str, checkpoints: Checkpoints) -> int | None:
+  """The step that `eval.checkpoint` means; None is the newest."""
+  if which == "newest":
+    return None
+  if which == "best":
+    return checkpoints.best()
+  if not which.isdecimal():
+    raise UserError(f"eval.checkpoint is {which!r}, must be newest, best or the number of a step")
+  return int(which)
+
+
+MODES = {"train": train, "eval": _eval, "sample": _sample}

@@ -1,0 +1,225 @@
+"""Training: from the first batch, or the last good checkpoint, to the figures at the end."""
+
+import contextlib
+import math
+import pathlib
+import signal
+
+import jax
+
+from experiments import metrics, report, sharding, train_step, workspace
+from experiments.checkpoints import Checkpoints
+from experiments.data import pipeline
+from experiments.errors import UserError
+from experiments.evaluate import Evaluator
+from lm_models import lm
+
+
+def train(config, workdir: str) -> None:
+  """Trains the config's model in `workdir` and goes on where an earlier run stopped, bit for bit.
+
+  SIGTERM and Ctrl-C save a checkpoint and return; the same call goes on from there.
+
+  Raises:
+    UserError: anything that the person at the keyboard can mend.
+  """
+  mesh = sharding.make_mesh(config.mesh)
+  model = train_step.model_config(config)
+  tokenizer = pipeline.tokenizer(config.data)
+  if tokenizer.vocab_size > model.vocab_size:
+    raise UserError(
+      f"model.vocab_size is {model.vocab_size}, must be at
+      least the
+   
+    
+     
+      tokenizer's
+    
+     
+    
+     
+      {tokenizer.vocab_size}"
+  
+   
+    )
+  with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+    step_function = train_step.make_step(config, mesh)
+    evaluator = Evaluator(config, mesh)
+    batches = pipeline.train_batches(
+      config.data, batch_size=config.train.batch_size, seed=config.train.seed
+    )
+    differences = workspace.open_run(config, workdir)
+    progress = metrics.Progress()
+    log = metrics.Metrics(workdir, tensorboard=config.log.tensorboard)
+    stack.callback(log.close)
+    checkpoints = Checkpoints(
+      pathlib.Path(workdir) / "checkpoints",
+      keep_last=config.checkpoint.keep_last,
+      keep_best=config.checkpoint.keep_best,
+      keep_every_hours=config.checkpoint.keep_every_hours,
+    )
+    stack.callback(checkpoints.close)
+
+    report.greet(progress, config, model, mesh, batches.tokens_per_byte)
+    state = start(config, mesh, checkpoints, batches, log, progress, differences)
+    stopped = stack.enter_context(stop_signals())
+    loop = Loop(
+      config, mesh, step_function, evaluator, batches, log, checkpoints, progress, stopped
+    )
+    state = loop.run(state)
+    checkpoints.wait()
+    if stopped:
+      progress.say(
+        f"stopped and saved at step {int(state.step)}; the same command goes on from there"
+      )
+      return
+    report.finish(config, workdir, model, evaluation_params(state), evaluator, progress)
+
+
+def start(config, mesh, checkpoints, batches, log, progress,
+differences):
+  """The newest good checkpoint's state, with data and log set back to it, or a fresh state."""
+  restored = checkpoints.restore(train_step.abstract_state(config, mesh))
+  if restored is None:
+    log.rewind(0)
+    return train_step.initialise(config, mesh)
+  batches.set_state(restored.data_state)
+  log.rewind(restored.step)
+  progress.say(f"going on from the checkpoint at step {restored.step}")
+  for line in differences:
+    progress.say(f"note: {line}")
+  return restored.state
+
+
+def evaluation_params(state: train_step.TrainState):
+  """The averaged weights where the run keeps them, else the weights."""
+  return state.params if state.average is None else state.average
+
+
+class Loop:
+  """The steps of a run, and what happens between them."""
+
+  def __init__(self, config, mesh, step, evaluator, batches, log, checkpoints, progress, stopped):
+    self.config, self.mesh, self.step, self.evaluator = config, mesh, step, evaluator
+    self.batches, self.log, self.checkpoints = batches, log, checkpoints
+    self.progress, self.stopped = progress, stopped
+    self.clock = metrics.Clock()
+    self.skipped = 0
+    model = train_step.model_config(config)
+    peak = metrics.peak_flops(mesh.devices.flat[0])
+    self.peak = peak and peak * mesh.size
+    self.flops = 3 * lm.flops_per_token(model, config.data.T)
+    self.bits_per_nat = batches.tokens_per_byte / math.log(2)
+
+  def run(self, state):
+    """Steps until the config's last one, or until asked to stop."""
+    config, pending = self.config, None
+    first, last = int(state.step) + 1, config.train.steps
+    self.skipped = int(state.recent.skipped)
+    for number in range(first, last + 1):
+      batch = sharding.place_batch(self.mesh, next(self.batches))
+      state, measured = self.step(state, batch)
+      # The device works on this step while the host looks at the one before.
+      if pending is not None:
+        self.log_row(pending[0], self.look_at(*pending))
+      pending = (number, measured)
+      ends = number == last or bool(self.stopped)
+      validates = _due(number, config.eval.every_steps) or number == last
+      saves = _due(number, config.checkpoint.every_steps) or ends
+      if validates or saves:
+        row = self.look_at(*pending)
+        pending = None
+        with self.clock.pause(state):
+          validation = self.validate(state, number) if validates else {}
+          self.log_row(number, {**row, **validation})
+          if saves:
+            self.checkpoints.save(number, state, self.batches.get_state(), validation or None)
+      if self.stopped:
+        break
+    return state
+
+  def look_at(self, number: int, measured) -> dict[str, float]:
+    """Reads a step's metrics once it is done: shows them, stops a run that has gone wrong.
+
+    Returns:
+      What to log of this step, nothing where no line is due.
+    """
+    config, values = self.config, jax.device_get(measured)
+    self.clock.tick(int(values["tokens"]))
+    loss, skipped = float(values["loss"]), int(values["skipped"])
+    if skipped > self.skipped:
+      self.skipped = skipped
+      self.progress.say(
+        f"step {number} was skipped: loss {loss:.4g}, gradient norm {values['gradient_norm']:.4g}"
+      )
+    if values["skipped_in_a_row"] >= config.train.max_skipped:
+      self.checkpoints.wait()
+      saved = max(self.checkpoints.steps(), default=None)
+      raise UserError(
+        f"stopped at step {number}: the last {values['skipped_in_a_row']} steps were skipped"
+        f" (train.max_skipped), loss {loss:.4g};"
+        + (
+          f" the newest checkpoint is that of step {saved}" if saved else " there is no checkpoint"
+        ),
+        status=1,
+      )
+    if not (_due(number, config.log.every_steps) or number in (1, config.train.steps)):
+      return {}
+    speed = self.clock.lap()
+    mfu = speed and self.peak and speed * self.flops / self.peak
+    bits = loss * self.bits_per_nat
+    row = {
+      "train/loss": loss,
+      "train/bits_per_byte": bits,
+      "train/tokens_per_second": speed,
+      "train/mfu": mfu,
+      "train/gradient_norm": float(values["gradient_norm"]),
+      "train/learning_rate": float(values["learning_rate"]),
+      "train/skipped_steps": skipped,
+      "train/tokens": number * config.train.batch_size * config.data.T,
+      "host/resident_gib": metrics.resident_gib(),
+    }
+    line = metrics.progress_line(
+      number,
+      config.train.steps,
+      bits_per_byte=bits,
+      tokens_per_second=speed,
+      mfu=mfu,
+      eta=self.clock.eta(config.train.steps - number),
+      learning_rate=row["train/learning_rate"],
+    )
+    self.progress.show(line, last=number == config.train.steps)
+    return {key: value for key, value in row.items() if value is not None}
+
+  def log_row(self, number: int, row: dict[str, float]) -> None:
+    """Writes one line of metrics.jsonl, if there is anything to say."""
+    if row:
+      self.log.write(number, row)
+
+  def validate(self, state, number: int) -> dict[str, float]:
+    """Bits per byte of the validation split, or of its beginning."""
+    params = evaluation_params(state)
+    result = self.evaluator(params, "validation", self.config.eval.max_tokens)
+    self.progress.say(f"step {number}: validation {result.bits_per_byte:.3f} bits/byte")
+    return {"validation/bits_per_byte": result.bits_per_byte}
+
+
+def _due(number: int, every: int) -> bool:
+  return every > 0 and number % every == 0
+
+
+@contextlib.contextmanager
+def stop_signals():
+  """Yields a list that becomes non-empty at SIGTERM or Ctrl-C; a second Ctrl-C ends at once."""
+  received = []
+
+  def note(number, _):
+    received.append(number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+  previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield received
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)

@@ -1,0 +1,248 @@
+"""One training step: what it carries, how it is made and placed, and what it computes."""
+
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments import sharding
+from experiments.errors import UserError
+from experiments.optimizers import make_optimizer, make_schedule
+from lm_models import lm
+
+
+@flax.struct.dataclass
+class Recent:
+  """The losses and gradient norms of the last accepted steps, against which a spike is measured."""
+
+  loss: jax.Array  # [window]
+  norm: jax.Array  # [window]
+  accepted: jax.Array  # steps so far that were not skipped
+  skipped: jax.Array  # steps so far that were
+  skipped_in_a_row: jax.Array  # of these, the latest without a good one between
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that a run needs to go on, apart from the position in the data."""
+
+  step: jax.Array
+  params: Any
+  optimizer: Any
+  average: Any  # exponential moving average of the parameters, or None
+  carry: Any  # the model's state after the last batch where documents are streamed, or None
+  recent: Recent
+
+
+def model_config(config) -> lm.Config:
+  """The model of an experiment.
+
+  Raises:
+    UserError: the group `model` does not describe one.
+  """
+  try:
+    return lm.make_config(**config.model.to_dict())
+  except ValueError as error:
+    raise UserError(str(error)) from None
+
+
+def make_state(config, key: jax.Array) -> TrainState:
+  """The state before the first step; a pure function of the config and the key."""
+  model = model_config(config)
+  params = lm.init(model, key)
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    optimizer=_optimizer(config).init(params),
+    average=jax.tree.map(jnp.copy, params) if config.train.ema_decay else None,
+    carry=lm.init_state(model, config.train.batch_size) if _streams(config) else None,
+    recent=Recent(
+      loss=jnp.zeros(config.train.spike_window),
+      norm=jnp.zeros(config.train.spike_window),
+      accepted=jnp.zeros((), jnp.int32),
+      skipped=jnp.zeros((), jnp.int32),
+      skipped_in_a_row=jnp.zeros((), jnp.int32),
+    ),
+  )
+
+
+def abstract_state(config, mesh: jax.sharding.Mesh) -> TrainState:
+  """Shapes, dtypes and shardings of the state, without making any array."""
+  shapes = jax.eval_shape(functools.partial(make_state, config), jax.random.key(0))
+  copied = functools.partial(jax.tree.map, lambda _: sharding.replicated(mesh))
+  shardings = TrainState(
+    step=copied(shapes.step),
+    params=sharding.parameter_shardings(mesh, shapes.params),
+    optimizer=sharding.parameter_shardings(mesh, shapes.optimizer),
+    average=sharding.parameter_shardings(mesh, shapes.average),
+    carry=sharding.state_shardings(mesh, shapes.carry),
+    recent=copied(shapes.recent),
+  )
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+  )
+
+
+def shardings_of(tree: Any) -> Any:
+  """The shardings of arrays or of their shapes."""
+  return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def initialise(config, mesh: jax.sharding.Mesh) -> TrainState:
+  """Makes the state before the first step where it belongs, each device its part."""
+  shardings = shardings_of(abstract_state(config, mesh))
+  init = jax.jit(functools.partial(make_state, config), out_shardings=shardings)
+  return init(jax.random.key(config.train.seed))
+
+
+def make_step(config, mesh: jax.sharding.Mesh):
+  """The jitted step: (state, batch) -> (state, metrics). The state given is donated.
+
+  metrics: `loss` in nats per token before the update, `gradient_norm` before clipping, `tokens`,
+  `learning_rate`, `skipped` and `skipped_in_a_row`, scalars.
+
+  Raises:
+    UserError: rows that devices or microbatches do not divide, or an optimizer that does not exist.
+  """
+  rows, shards, parts = (
+    config.train.batch_size,
+    sharding.batch_shards(mesh),
+    config.train.accumulate,
+  )
+  if parts < 1 or rows % (shards * parts):
+    raise UserError(
+      f"train.batch_size is {rows}, must be a multiple of mesh.data *
+      mesh.fsdp *
+    
+     
+      train.accumulate
+     
+      ="
+      f" {shards} * {parts}"
+  
+   
+    )
+  state_shardings = shardings_of(abstract_state(config, mesh))
+  names = ["inputs", "targets", "segment_ids"]
+  batch_shardings = {name: sharding.batch_sharding(mesh, 2) for name in names}
+  if _streams(config):
+    batch_shardings["continues"] = sharding.batch_sharding(mesh, 1)
+  step = jax.jit(
+    functools.partial(_step, config),
+    in_shardings=(state_shardings, batch_shardings),
+    out_shardings=(state_shardings, sharding.replicated(mesh)),
+    donate_argnums=0,
+  )
+  return lambda state, batch: step(state, {name: batch[name] for name in batch_shardings})
+
+
+def batch_nats(model: lm.Config, params, batch,
+carry):
+  """Nats of every target [B T], zero at padding; which targets count [B T]; the state after."""
+  logits, carry = lm.apply(model, params, batch["inputs"], carry, batch["segment_ids"])
+  nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+  real = batch["segment_ids"] >= 0
+  return jnp.where(real, nats, 0.0), real, carry
+
+
+def _streams(config) -> bool:
+  return config.data.mode == "streaming"
+
+
+def _optimizer(config):
+  schedule = make_schedule(config.schedule, config.train.steps, config.optim.learning_rate)
+  return make_optimizer(config.optim, schedule)
+
+
+def _step(config, state: TrainState, batch):
+  model = model_config(config)
+  tokens = jnp.maximum(jnp.sum(batch["segment_ids"] >= 0), 1)
+  carry = None
+  if _streams(config):
+    carry = lm.keep_state(state.carry, batch["continues"])
+
+  def loss(params, batch, carry):
+    nats, _, carry = batch_nats(model, params, batch, carry)
+    return jnp.sum(nats) / tokens, carry
+
+  gradient = jax.value_and_grad(loss, has_aux=True)
+  if config.train.accumulate == 1:
+    (loss_value, carry), gradients = gradient(state.params, batch, carry)
+  else:
+    loss_value, gradients, carry = _accumulate(
+      gradient, state.params, batch, carry, config.train.accumulate
+    )
+
+  norm = optax.global_norm(gradients)
+  good = _is_good(config.train, state.recent, loss_value, norm)
+  updates, optimizer = _optimizer(config).update(gradients, state.optimizer, state.params)
+  params = optax.apply_updates(state.params, updates)
+  keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+  params, optimizer = keep(params, state.params), keep(optimizer, state.optimizer)
+  average = state.average
+  if average is not None:
+    weight = 1.0 - config.train.ema_decay
+    average = jax.tree.map(lambda a, p: jnp.where(good, a + weight * (p - a), a), average, params)
+  if carry is not None:
+    # A state from a step that went wrong may be infinite: those documents go on from nothing.
+    carry = jax.tree.map(lambda x: jnp.where(good, x, jnp.zeros_like(x)), carry)
+  recent = _remember(state.recent, loss_value, norm, good)
+  schedule = make_schedule(config.schedule, config.train.steps, config.optim.learning_rate)
+  metrics = {
+    "loss": loss_value,
+    "gradient_norm": norm,
+    "tokens": tokens,
+    "learning_rate": schedule(state.step),
+    "skipped": recent.skipped,
+    "skipped_in_a_row": recent.skipped_in_a_row,
+  }
+  return TrainState(state.step + 1, params, optimizer, average, carry, recent), metrics
+
+
+def _accumulate(gradient, params, batch, carry, parts: int):
+  """Loss and gradients summed over microbatches, one after the other in memory."""
+  # Each microbatch takes every parts-th row, so that it lies over all devices as the batch does.
+  split = lambda axis, x: jnp.moveaxis(
+    x.reshape(*x.shape[:axis], x.shape[axis] // parts, parts, *x.shape[axis + 1 :]), axis + 1, 0
+  )
+  join = lambda axis, x: jnp.moveaxis(x, 0, axis + 1).reshape(
+    *x.shape[1 : axis + 1], -1, *x.shape[axis + 2 :]
+  )
+
+  def body(total, part):
+    (loss, carry), gradients = gradient(params, *part)
+    return jax.tree.map(jnp.add, total, (loss, gradients)), carry
+
+  zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+  microbatches = (
+    jax.tree.map(functools.partial(split, 0), batch),
+    jax.tree.map(functools.partial(split, 1), carry),
+  )
+  (loss, gradients), carry = jax.lax.scan(body, zero, microbatches)
+  return loss, gradients, jax.tree.map(functools.partial(join, 1), carry)
+
+
+def _is_good(config, recent: Recent, loss, norm):
+  """Whether to take a step: finite, and no spike once the window has filled."""
+  good = jnp.isfinite(loss) & jnp.isfinite(norm)
+  if config.spike_sigma:
+    full = recent.accepted >= config.spike_window
+    for value, window in ((loss, recent.loss), (norm, recent.norm)):
+      spike = value > jnp.mean(window) + config.spike_sigma * jnp.std(window)
+      good &= ~(full & spike)
+  return good
+
+
+def _remember(recent: Recent, loss, norm, good) -> Recent:
+  slot = recent.accepted % recent.loss.shape[0]
+  put = lambda window, value: jnp.where(good, window.at[slot].set(value), window)
+  return Recent(
+    loss=put(recent.loss, loss),
+    norm=put(recent.norm, norm),
+    accepted=recent.accepted + good,
+    skipped=recent.skipped + ~good,
+    skipped_in_a_row=jnp.where(good, 0, recent.skipped_in_a_row + 1),
+  )

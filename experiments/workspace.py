@@ -1,0 +1,76 @@
+"""A run's directory: its config, its versions, and whether a command fits what lies there."""
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+
+import jax
+
+from experiments import configuration
+from experiments.errors import UserError
+
+# A checkpoint may be used with other values of these: they change how, not what, a model computes.
+FREE_FIELDS = ("remat", "unroll", "dtype", "implementation", "context")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "recurrax")
+
+
+def open_run(config, workdir: str) -> list[str]:
+  """Makes the directory, or checks that what lies there is of the same model; notes config and
+  versions.
+
+  Args:
+    config: of this command.
+    workdir: the run's directory.
+
+  Returns:
+    Lines on the other fields in which the config differs from that of an earlier start.
+
+  Raises:
+    UserError: another model or tokenizer was trained there, or the directory cannot be made.
+  """
+  directory = pathlib.Path(workdir)
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"--workdir {workdir} cannot be made: {error.strerror}") from None
+  differences = check_same_model(config, workdir) if (directory / "config.json").exists() else []
+  configuration.save(config, directory / "config.json")
+  (directory / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+  return differences
+
+
+def check_same_model(config, workdir: str) -> list[str]:
+  """Compares with the config that lies in `workdir`.
+
+  Returns:
+    Lines on fields that differ and may.
+
+  Raises:
+    UserError: the model or the tokenizer differs, in one line with every difference.
+  """
+  stored = configuration.load(pathlib.Path(workdir) / "config.json")
+  lines = configuration.difference(config, stored, ("model", "data.tokenizer"), workdir)
+  used = {"model." + name for name in (*config.model.pattern, *stored.model.pattern)}
+  fatal = []
+  for line in lines:
+    field = line.split(" ")[0]
+    group, name = field.rsplit(".", 1)
+    architecture = group.count(".") == 1
+    if name not in FREE_FIELDS and (not architecture or group in used):
+      fatal.append(line)
+  if fatal:
+    raise UserError(f"{'; '.join(fatal)}: give the same, or another --workdir")
+  groups = ("data", "optim", "schedule", "train")
+  return configuration.difference(config, stored, groups, workdir)
+
+
+def versions() -> dict[str, str]:
+  """Versions of what a result depends on."""
+  found = {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
+  for package in PACKAGES:
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      found[package] = "not installed"
+  return found

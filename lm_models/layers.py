@@ -1,0 +1,129 @@
+"""What several architectures share: projections, norms, the gated MLP, rotary positions."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# Torch's default for linear layers and convolutions, U(-fan_in^-1/2, fan_in^-1/2): the published
+# Mamba models start from it.
+uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def constrain(x: Array, *axes: str | Sequence[str] | None) -> Array:
+  """Places `x` over the axes of the mesh in force; the identity where no mesh is set.
+
+  Args:
+    x: any array.
+    *axes: for each dimension of `x` the mesh axis or axes it is split over, or None. Axes that the
+      mesh does not have are left out, so that one model serves every mesh.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+
+  def present(axis):
+    names = (axis,) if isinstance(axis, str) else tuple(axis or ())
+    return tuple(name for name in names if name in mesh.axis_names) or None
+
+  return jax.lax.with_sharding_constraint(x, jax.P(*map(present, axes)))
+
+
+def constrain_activations(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+  """Splits the batch over `data` and `fsdp` and time over `seq`: how activations lie between
+  blocks."""
+  return constrain(x, ("data", "fsdp"), "seq", None)
+
+
+class RMSNorm(nn.Module):
+  """y = x / rms(x) * scale over the last axis, computed in float32. Zhang and Sennrich, 2019."""
+
+  epsilon: float = 1e-5
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*axes D"]) -> Float[Array, "*axes D"]:
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+    return (y * scale).astype(self.dtype)
+
+
+class Projection(nn.Module):
+  """y = x W (+ b) over the last `inputs` axes of x, with several output axes where that helps.
+
+  Keeping, say, the two halves of a gated projection on an axis of their own lets the width be split
+  over devices without moving the halves.
+  """
+
+  features: int | tuple[int, ...]
+  inputs: int = 1
+  bias: bool = False
+  dtype: str = "float32"
+  kernel_init: Callable = uniform_fan_in
+  bias_init: Callable = nn.initializers.zeros
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
+    contracted = x.shape[x.ndim - self.inputs :]
+    matrix = (math.prod(contracted), math.prod(features))
+
+    def kernel_init(key, shape):
+      return self.kernel_init(key, matrix).reshape(shape)
+
+    kernel = self.param("kernel", kernel_init, (*contracted, *features))
+    axes = tuple(range(x.ndim - self.inputs, x.ndim))
+    contraction = ((axes, tuple(range(self.inputs))), ((), ()))
+    y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), contraction)
+    if self.bias:
+      y = y + self.param("bias", self.bias_init, features).astype(self.dtype)
+    return y
+
+
+def gated_mlp_width(D: int, ratio: float = 4.0, multiple: int = 256) -> int:
+  """The usual width of a gated MLP: 2/3 of `ratio` D, rounded up to a `multiple`."""
+  return multiple * -(-int(D * ratio * 2 / 3) // multiple)
+
+
+class GatedMLP(nn.Module):
+  """y = W_out (silu(W_gate x) * W_up x). Shazeer, "GLU Variants Improve Transformer", 2020."""
+
+  width: int
+  dtype: str = "float32"
+  kernel_init: Callable = uniform_fan_in
+  out_init: Callable = uniform_fan_in
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    both = Projection(
+      (2, self.width), dtype=self.dtype, kernel_init=self.kernel_init, name="in_proj"
+    )
+    gate, up = jnp.moveaxis(both(x), -2, 0)
+    out = Projection(x.shape[-1], dtype=self.dtype, kernel_init=self.out_init, name="out_proj")
+    return out(jax.nn.silu(gate) * up)
+
+
+def rotary(
+  x: Float[Array, "B T H K"], positions: Int[Array, "B T"], base: float = 10000.0
+) -> Float[Array, "B T H K"]:
+  """Rotates channel pairs (i, i + K/2) by position * base^(-2i/K). Su et al., "RoFormer", 2021.
+
+  Args:
+    x: queries or keys, K even.
+    positions: of each token; only differences matter to the attention that follows.
+    base: the longest wavelength is about 2 pi base tokens.
+
+  Returns:
+    The rotated array, in x's dtype; angles are float32.
+  """
+  half = x.shape[-1] // 2
+  frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return rotated.astype(x.dtype)
