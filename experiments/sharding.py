@@ -86,13 +86,8 @@ def parameter_shardings(mesh: Mesh, tree: Any) -> Any:
     for size, axis in zip(leaf.shape, spec):
       if axis and size % mesh.shape[axis]:
         raise UserError(
-          f"mesh.{axis} is {mesh.shape[axis]}, which does not divide the {size}
-          of {name}
-        
-         
-        
-         
-          {leaf.shape}"
+          f"mesh.{axis} is {mesh.shape[axis]}, which does not divide the {size} of {name}"
+          f" {leaf.shape}"
         )
     return NamedSharding(mesh, spec)
 

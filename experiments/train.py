@@ -28,19 +28,8 @@ def train(config, workdir: str) -> None:
   tokenizer = pipeline.tokenizer(config.data)
   if tokenizer.vocab_size > model.vocab_size:
     raise UserError(
-      f"model.vocab_size is {model.vocab_size}, must be at
-      least the
-   
-    
-     
-      tokenizer's
-    
-     
-    
-     
-      {tokenizer.vocab_size}"
-  
-   
+      f"model.vocab_size is {model.vocab_size}, must be at least the tokenizer's"
+      f" {tokenizer.vocab_size}"
     )
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     step_function = train_step.make_step(config, mesh)
@@ -76,8 +65,7 @@ def train(config, workdir: str) -> None:
     report.finish(config, workdir, model, evaluation_params(state), evaluator, progress)
 
 
-def start(config, mesh, checkpoints, batches, log, progress,
-differences):
+def start(config, mesh, checkpoints, batches, log, progress, differences):
   """The newest good checkpoint's state, with data and log set back to it, or a fresh state."""
   restored = checkpoints.restore(train_step.abstract_state(config, mesh))
   if restored is None:

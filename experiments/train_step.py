@@ -114,16 +114,8 @@ def make_step(config, mesh: jax.sharding.Mesh):
   )
   if parts < 1 or rows % (shards * parts):
     raise UserError(
-      f"train.batch_size is {rows}, must be a multiple of mesh.data *
-      mesh.fsdp *
-    
-     
-      train.accumulate
-     
-      ="
-      f" {shards} * {parts}"
-  
-   
+      f"train.batch_size is {rows}, must be a multiple of mesh.data * mesh.fsdp *"
+      f" train.accumulate = {shards} * {parts}"
     )
   state_shardings = shardings_of(abstract_state(config, mesh))
   names = ["inputs", "targets", "segment_ids"]
@@ -139,8 +131,7 @@ def make_step(config, mesh: jax.sharding.Mesh):
   return lambda state, batch: step(state, {name: batch[name] for name in batch_shardings})
 
 
-def batch_nats(model: lm.Config, params, batch,
-carry):
+def batch_nats(model: lm.Config, params, batch, carry):
   """Nats of every target [B T], zero at padding; which targets count [B T]; the state after."""
   logits, carry = lm.apply(model, params, batch["inputs"], carry, batch["segment_ids"])
   nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
