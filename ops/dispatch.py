@@ -67,6 +67,16 @@ def choose(op: str, implementation: str | None, **arguments) -> tuple[str, Calla
   return implementation, implementations[implementation].run
 
 
+def refusal(op: Callable, implementation: str, **arguments) -> Reason:
+  """Why `implementation` cannot run `op` on these arguments, given by name; None if it can."""
+  implementations, _ = _declared[op.__name__]
+  if implementation not in implementations:
+    return f"{op.__name__} has no implementation {implementation!r}"
+  optional = inspect.signature(op).parameters
+  defaults = {name: p.default for name, p in optional.items() if p.default is not p.empty}
+  return implementations[implementation].supports(**{**defaults, **arguments})
+
+
 def explain(op: Callable, *args, **kwargs) -> str:
   """Prints and returns which implementation `op(*args, **kwargs)` would run, and why each other
   would not.

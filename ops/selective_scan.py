@@ -11,6 +11,8 @@ from ops import affine, dispatch
 from ops.precision import state_dtype
 from ops.segments import find_segments, where_mask
 
+DEFAULT_CHUNK = 16  # tokens
+
 
 def selective_scan(
   x: Float[Array, "B T D"],
@@ -132,7 +134,97 @@ def _parallel(x, dt, B, C, start, A, state, chunk_size):
 
 
 def _chunked(x, dt, B, C, start, A, state, chunk_size):
-  return _recurrent(x, dt, B, C, start, A, state, chunk_size)
+  T = x.shape[1]
+  size = min(T, chunk_size or DEFAULT_CHUNK)
+  chunks = tuple(_split(array, size) for array in (x, dt, B, C, start))
+  y, final_state = _scan_chunks(*chunks, A.T, jnp.swapaxes(state, 1, 2))
+  return _join(y)[:, :T], jnp.swapaxes(final_state, 1, 2)
+
+
+def _split(array, size):
+  """[B T ...] -> [T/C B C ...]; zeros at the end are tokens that leave the state as it is."""
+  if array is None:
+    return None
+  array = jnp.pad(array, ((0, 0), (0, -array.shape[1] % size)) + ((0, 0),) * (array.ndim - 2))
+  return jnp.moveaxis(array.reshape(array.shape[0], -1, size, *array.shape[2:]), 1, 0)
+
+
+def _join(chunks):
+  """[T/C B C ...] -> [B T ...]."""
+  array = jnp.moveaxis(chunks, 0, 1)
+  return array.reshape(array.shape[0], -1, *array.shape[3:])
+
+
+def _token(chunk, i):
+  """Token `i` of every array [B C ...] of a chunk."""
+  return jax.tree.map(lambda array: array[:, i], chunk)
+
+
+def _kept(start, h):
+  """The state `h` [B N D] as the next token finds it: nothing where a document starts."""
+  return h if start is None else where_mask(~start, h)
+
+
+def _advance(h, A, x, dt, B, start):
+  """h_t [B N D] from h_{t-1}."""
+  return _decay(dt, A) * _kept(start, h) + (dt * x)[:, None] * B[:, :, None]
+
+
+def _decay(dt, A):
+  return jnp.exp(dt[:, None] * A)
+
+
+@jax.custom_vjp
+def _scan_chunks(x, dt, B, C, start, A, state):
+  """Arrays in chunks [T/C B C ...], A [N D], state [B N D]: D is last, for the vector unit."""
+  return _forward(x, dt, B, C, start, A, state)[0]
+
+
+def _forward(x, dt, B, C, start, A, state):
+  def chunk(h, tokens):
+    incoming, y = h, []
+    for i in range(tokens[0].shape[1]):
+      x, dt, B, C, start = _token(tokens, i)
+      h = _advance(h, A, x, dt, B, start)
+      y.append(jnp.einsum("bnd,bn->bd", h, C))
+    return h, (jnp.stack(y, 1), incoming)
+
+  final_state, (y, incoming) = jax.lax.scan(chunk, state, (x, dt, B, C, start))
+  return (y, final_state), (x, dt, B, C, start, A, incoming)
+
+
+def _backward(residuals, cotangents):
+  x, dt, B, C, start, A, incoming = residuals
+  dy, dh = cotangents
+
+  def chunk(carry, inputs):
+    dh, dA = carry
+    h, dy, tokens = inputs
+    size = dy.shape[1]
+    states = [h]
+    for i in range(size):
+      x, dt, B, _, start = _token(tokens, i)
+      states.append(_advance(states[-1], A, x, dt, B, start))
+    gradients, dA_terms = [], []
+    for i in reversed(range(size)):
+      (x, dt, B, C, start), e = _token(tokens, i), dy[:, i]
+      dC = jnp.einsum("bnd,bd->bn", states[i + 1], e)
+      dh = dh + e[:, None] * C[:, :, None]
+      dB = jnp.einsum("bnd,bd->bn", dh, dt * x)
+      du = jnp.einsum("bnd,bn->bd", dh, B)
+      dh = _kept(start, _decay(dt, A) * dh)
+      w = _kept(start, dh * states[i])
+      gradients.append((dt * du, x * du + jnp.sum(w * A, axis=1), dB, dC))
+      dA_terms.append(w * dt[:, None])
+    gradients = jax.tree.map(lambda *tokens: jnp.stack(tokens[::-1], 1), *gradients)
+    return (dh, dA + sum(dA_terms)), gradients
+
+  inputs = (incoming, dy, (x, dt, B, C, start))
+  (dh, dA), gradients = jax.lax.scan(chunk, (dh, jnp.zeros_like(dh)), inputs, reverse=True)
+  return (*gradients, None, jnp.sum(dA, axis=0), dh)
+
+
+_scan_chunks.defvjp(_forward, _backward)
 
 
 dispatch.declare(
