@@ -3,6 +3,7 @@
 import contextlib
 import io
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import tensorflow_datasets as tfds
@@ -10,7 +11,7 @@ import tensorflow_datasets as tfds
 from experiments.data import austen, cache, text_folder
 from experiments.errors import UserError
 
-_OWN = 'its own are "austen/chapters", "austen/novels" and "folder"; else a prepared TFDS data set'
+_AUSTEN = ("austen", "austen/chapters", "austen/novels")
 
 
 class Texts:
@@ -82,28 +83,33 @@ def _builder(data_config) -> tfds.core.DatasetBuilder:
   directory = Path(data_config.directory).expanduser() if data_config.directory else None
   root = Path(data_config.cache_directory).expanduser() / "datasets"
   if name == "folder":
-    return _prepared(text_folder.builder(data_config, root), root)
-  if name in ("austen", "austen/chapters", "austen/novels"):
+    return _prepared(lambda: text_folder.builder(data_config, root), root)
+  if name in _AUSTEN:
     root = directory or root
-    config = name.partition("/")[2] or "chapters"
-    return _prepared(austen.Austen(config=config, data_dir=root, file_format="array_record"), root)
+    make = lambda: austen.Austen(
+      config=name.partition("/")[2] or "chapters", data_dir=root, file_format="array_record"
+    )
+    return _prepared(make, root)
   return _installed(name, directory)
 
 
-def _prepared(builder: tfds.core.DatasetBuilder, root: Path) -> tfds.core.DatasetBuilder:
+def _prepared(make: Callable[[], tfds.core.DatasetBuilder], root: Path) -> tfds.core.DatasetBuilder:
   """Prepares one of our own data sets below `root` unless that is done, by one process at a time.
 
-  TFDS writes to a directory of another name and renames it, so what exists is whole.
+  TFDS writes to a directory of another name and renames it, so what exists is whole. A builder
+  looks for prepared data only when it is made: hence a second one when it is our turn.
   """
-  directory = Path(builder.data_dir)
-  if not directory.exists():
+  builder = make()
+  if not builder.info.splits:
     with (
       cache.disk_errors_reported(root, builder.text_bytes),
       cache.exclusive(root / builder.name),
     ):
-      for leftover in directory.parent.glob("incomplete*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-      if not directory.exists():
+      builder = make()
+      if not builder.info.splits:
+        directory = Path(builder.data_dir)
+        for leftover in (directory, *directory.parent.glob("incomplete*")):
+          shutil.rmtree(leftover, ignore_errors=True)
         # TFDS announces a download, which there is not.
         with contextlib.redirect_stdout(io.StringIO()):
           builder.download_and_prepare()
@@ -116,12 +122,12 @@ def _installed(name: str, data_dir: Path | None) -> tfds.core.DatasetBuilder:
     if data_dir and (data_dir / "dataset_info.json").exists():
       return tfds.builder_from_directory(data_dir)
     builder = tfds.builder(name, data_dir=data_dir)
-  except (tfds.core.DatasetNotFoundError, ValueError) as error:
+  except (tfds.core.DatasetNotFoundError, ValueError, ImportError) as error:
     raise UserError(
-      f"data.name={name!r} is not among the data sets in data.directory="
-      f"{str(data_dir or '')!r} ({_first_line(error)}): {_OWN}"
+      f"data.name={name!r} is unknown: allowed are {', '.join(_AUSTEN)}, folder, and the TFDS data "
+      f"sets in {data_dir or tfds.core.constants.DATA_DIR} ({_first_line(error)})"
     ) from error
-  if not builder.is_prepared():
+  if not Path(builder.data_dir).exists():
     raise UserError(
       f"data.name={name!r} is not prepared in {builder.data_dir}: "
       f"run `tfds build {name} --file_format=array_record` first, or set data.directory"

@@ -137,7 +137,7 @@ def _read(directory: Path, key: dict, tokenizer) -> TokenStore | None:
       for name, values in arrays.items()
     )
     text_bytes = index["text_bytes"]
-  except (FileNotFoundError, ValueError, KeyError, TypeError):
+  except (OSError, ValueError, KeyError, TypeError):
     return None
   return (
     TokenStore(**arrays, text_bytes=text_bytes, boundary=tokenizer.boundary) if intact else None

@@ -80,6 +80,8 @@ class SentencePieceTokenizer:
     _check_id(id, self.vocab_size)
     if id == self.boundary or self._pieces.IsControl(id):
       return b""
+    if self._pieces.IsUnknown(id):
+      return "\N{REPLACEMENT CHARACTER}".encode()
     piece = self._pieces.IdToPiece(id)
     if self._pieces.IsByte(id):
       return bytes([int(piece[1:-1], 16)])

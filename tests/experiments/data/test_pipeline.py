@@ -1,0 +1,156 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.data import pipeline
+from experiments.errors import UserError
+
+MODES = ["packed", "streaming"]
+
+
+def assert_equal(a, b):
+  assert a.keys() == b.keys()
+  for name in a:
+    assert a[name].dtype == b[name].dtype and np.array_equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_batches_have_the_promised_form(make_config, mode):
+  batches = pipeline.train_batches(make_config(mode=mode), batch_size=8, seed=0)
+  batch = next(iter(batches))
+  names = {"inputs", "targets", "segment_ids", "positions"}
+  assert set(batch) == names | ({"continues"} if mode == "streaming" else set())
+  for name in names:
+    assert batch[name].shape == (8, 32) and batch[name].dtype == np.int32
+  if mode == "streaming":
+    assert batch["continues"].shape == (8,) and batch["continues"].dtype == bool
+  assert batches.tokenizer.vocab_size == pipeline.tokenizer(make_config()).vocab_size == 257
+  assert batches.tokens_per_byte == (2_873_403 + 184) / 2_873_403
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_any_state_can_be_resumed(make_config, mode, prefetch):
+  make = lambda: pipeline.train_batches(
+    make_config(mode=mode, prefetch=prefetch), batch_size=4, seed=7
+  )
+  batches, states, expected = make(), [], []
+  for _ in range(40):
+    states.append(json.loads(json.dumps(batches.get_state())))
+    expected.append(next(batches))
+  fresh = make()
+  for n in np.random.default_rng(0).integers(0, 38, 12).tolist():
+    for resumed in (batches, fresh):
+      resumed.set_state(states[n])
+      assert resumed.get_state() == states[n]
+      assert_equal(next(resumed), expected[n])
+      assert_equal(next(resumed), expected[n + 1])
+      assert resumed.get_state() == states[n + 2]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_processes_share_one_global_batch(make_config, mode, process_count):
+  make = lambda index, count: pipeline.train_batches(
+    make_config(mode=mode), batch_size=8, seed=1, process_index=index, process_count=count
+  )
+  whole, parts = make(0, 1), [make(i, process_count) for i in range(process_count)]
+  for n in range(6):
+    if n == 3:
+      for batches in (whole, *parts):
+        batches.set_state({"next_batch": 12345})
+    joined = [next(part) for part in parts]
+    expected = next(whole)
+    assert_equal(expected, {name: np.concatenate([b[name] for b in joined]) for name in expected})
+    assert all(part.get_state() == whole.get_state() for part in parts)
+
+
+@pytest.mark.parametrize("process_count", [1, 2])
+def test_evaluation_covers_a_split(make_config, process_count):
+  counted = 0
+  for index in range(process_count):
+    batches = pipeline.evaluation_batches(
+      make_config(),
+      "validation",
+      batch_size=4,
+      T=512,
+      process_index=index,
+      process_count=process_count,
+    )
+    for batch in batches:
+      assert batch["inputs"].shape == (4 // process_count, 512)
+      counted += (batch["segment_ids"] >= 0).sum()
+  assert counted == 466_853 + 24
+  # A model that gives each token 1/257 spends this many bits per byte of text.
+  bits = math.log(257) * batches.tokens_per_byte / math.log(2)
+  assert bits * 466_853 == pytest.approx(counted * math.log2(257))
+
+
+def test_a_prefix_can_be_evaluated(make_config):
+  batches = pipeline.evaluation_batches(make_config(), "test", batch_size=4, max_tokens=1000)
+  assert sum((batch["segment_ids"] >= 0).sum() for batch in batches) == 1000
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_longer_than_the_text(make_config, folder, mode):
+  config = make_config(
+    name="folder", directory=folder({"a.txt": "tiny text"}), mode=mode, T=100, prefetch=0
+  )
+  batch = next(pipeline.train_batches(config, batch_size=2, seed=0))
+  assert batch["inputs"].shape == (2, 100)
+  assert (batch["segment_ids"] >= 0).any(axis=1).all()
+
+
+@pytest.mark.parametrize(
+  "fields, call, message",
+  [
+    ({"mode": "random"}, {}, "data.mode='random' is unknown: allowed are packed, streaming"),
+    ({"name": "no_such"}, {}, "data.name='no_such' is unknown: allowed are"),
+    ({"T": 0}, {}, "data.T=0 "),
+    ({"prefetch": -1}, {}, "data.prefetch=-1 "),
+    ({"tokenizer": "words"}, {}, "data.tokenizer='words' is unknown"),
+    ({"train_split": "training"}, {}, "split 'training' .* its splits are train, "),
+    ({}, {"seed": -1}, "train.seed=-1 "),
+    ({}, {"batch_size": 0}, "train.batch_size=0 "),
+    ({}, {"process_index": 0, "process_count": 3}, "train.batch_size=8 .* 3 processes"),
+  ],
+)
+def test_what_is_wrong_is_said_in_one_line(make_config, fields, call, message):
+  with pytest.raises(UserError, match=message) as caught:
+    pipeline.train_batches(make_config(**fields), **{"batch_size": 8, "seed": 0, **call})
+  assert "\n" not in str(caught.value)
+
+
+FULL_PASS = """
+import sys
+import ml_collections
+from experiments.data import pipeline
+config = ml_collections.ConfigDict(dict(
+  name="austen/chapters", directory="", text_feature="text", tokenizer="bytes", T=256,
+  mode="packed", train_split="train", cache_directory=sys.argv[1], prefetch=2))
+batches = pipeline.train_batches(config, batch_size=64, seed=0)
+for _ in range(2873403 // (64 * 256) + 1):
+  next(batches)
+for batch in pipeline.evaluation_batches(config, "validation", batch_size=16):
+  pass
+assert "tensorflow" not in sys.modules
+"""
+
+
+def test_a_quiet_full_pass_without_tensorflow(tmp_path):
+  root = Path(__file__).parents[3]
+  finished = subprocess.run(
+    [sys.executable, "-c", FULL_PASS, str(tmp_path)],
+    cwd=root,
+    env={**os.environ, "PYTHONPATH": str(root)},
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
