@@ -4,16 +4,20 @@ A checkpoint `<directory>/<step>` holds the train state, and a record: what each
 checksum, the state of the data pipeline, metrics, and times. The record has a checksum of its own.
 """
 
+import contextlib
 import dataclasses
 import errno
+import gc
+import io
 import json
 import logging
 import os
 import pathlib
+import re
 import sys
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +28,7 @@ from jax.experimental import multihost_utils
 from experiments.checksums import checksums, path_name
 from experiments.errors import UserError
 
-# Orbax logs a traceback for each failed save; this file says the same in one line, as a UserError.
+# Orbax logs a traceback of each save that fails; this file says the same in one line.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 # What orbax, tensorstore and JSON raise for files that are missing, cut short or scrambled. A
@@ -285,14 +289,20 @@ class Checkpoints:
     if difference:
       raise UserError(f"checkpoint {step} in {self.directory} is of another model: {difference}")
     state, problem = None, None
+    wanted = ocp.args.StandardRestore(_placed(abstract_state))
     try:
-      state = self._manager.restore(
-        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_placed(abstract_state)))
-      ).state
-    except UNREADABLE as error:
+      with _one_line_errors():
+        state = self._manager.restore(step, args=ocp.args.Composite(state=wanted)).state
+    except Exception as error:
+      # An array that cannot be read is a bare Exception in orbax, and only that class means it.
+      if type(error) is not Exception and not isinstance(error, UNREADABLE):
+        raise
       problem = _brief(error)
     if not _agreed(problem is None):
       return problem or "another process cannot read it"
+    misread = _first_difference(_describe(state), _describe(abstract_state))
+    if misread:
+      return f"its description of the arrays is damaged: {misread}"
     for name, checksum in checksums(state).items():
       if checksum != record["arrays"][name]["checksum"]:
         return f"the checksum of {name} is wrong"
@@ -395,11 +405,34 @@ def _agreed(mine: bool) -> bool:
 
 
 def _brief(error: Exception) -> str:
-  """An exception in a few words."""
-  message = " ".join(str(error).split())
+  """An exception in a few words, those of its first cause."""
+  while error.__cause__ is not None:
+    error = error.__cause__
+  # Tensorstore appends long details in brackets.
+  message = re.sub(r" \[(tensorstore_spec|source locations)=.*", "", " ".join(str(error).split()))
   if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in message:
     return "no space left on device"
-  return (message if len(message) <= 160 else message[:157] + "...") or type(error).__name__
+  if not isinstance(error, OSError | ValueError):
+    message = f"{type(error).__name__} {message}"
+  return message if len(message) <= 160 else f"{message[:50]} ... {message[-105:]}"
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+  """Drops what is printed in vain when the body fails.
+
+  When an array of a checkpoint is damaged, orbax leaves its other reads behind, and each prints a
+  traceback of its own: in a thread of tensorstore, a moment later, or as garbage.
+  """
+  printed = io.StringIO()
+  with contextlib.redirect_stderr(printed):
+    try:
+      yield
+    except BaseException:
+      gc.collect()
+      time.sleep(0.2)
+      raise
+  sys.stderr.write(printed.getvalue())
 
 
 def _warn(message: str) -> None:

@@ -120,7 +120,7 @@ def bits_per_byte_by_position(rows: Iterable[Mapping[str, Any]], png: str | os.P
         label=split,
       )
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda x, _: _count(x))
+    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel("position in the document (tokens)")
     axes.set_ylabel("bits per byte")
     axes.legend(loc="upper right")
@@ -154,9 +154,10 @@ def _smooth(values: np.ndarray) -> np.ndarray:
   reach = len(values) // 100
   sums = np.concatenate([[0.0], np.cumsum(values)])
   place = np.arange(len(values))
-  # The window shrinks on both sides alike, so that the ends are not drawn towards the middle.
-  reach = np.minimum(reach, np.minimum(place, len(values) - 1 - place))
-  return (sums[place + reach + 1] - sums[place - reach]) / (2 * reach + 1)
+  # At the steep start the window shrinks on both sides, or the mean would lie above the curve.
+  left = np.minimum(reach, place)
+  right = np.minimum(left, len(values) - 1 - place)
+  return (sums[place + right + 1] - sums[place - left]) / (left + right + 1)
 
 
 def _limit(axes, *curves: np.ndarray) -> None:
@@ -181,8 +182,8 @@ def _token_axis(axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _count(number: float) -> str:
-  """1024 as 1024, 65536 as 66k, 5e7 as 50M."""
+  """2500000 as 2.5M, 500 as 500."""
   for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-    if abs(number) >= 10 * size:
-      return f"{number / size:.0f}{unit}"
+    if abs(number) >= size:
+      return f"{number / size:g}{unit}"
   return f"{number:g}"
