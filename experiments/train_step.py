@@ -157,7 +157,8 @@ def _step(config, state: TrainState, batch):
 
   def loss(params, batch, carry):
     nats, _, carry = batch_nats(model, params, batch, carry)
-    return jnp.sum(nats) / tokens, carry
+    # Packed rows start afresh: a state kept for nothing would be saved, and not be expected back.
+    return jnp.sum(nats) / tokens, carry if _streams(config) else None
 
   gradient = jax.value_and_grad(loss, has_aux=True)
   if config.train.accumulate == 1:
