@@ -35,6 +35,7 @@ def get_config(arg=None):
   model.remat = (
     "none"  # what the forward pass keeps: none (everything), dots (matrix products), full (nothing)
   )
+  model.loss_chunk = 0  # tokens of a row whose logits exist at a time in training; 0 is all
   model.unroll = 1  # repeats of the pattern unrolled in one step of the scan over layers
   model.dtype = "float32"  # of matrix products and activations: float32 or bfloat16
 

@@ -18,6 +18,7 @@ def get_config(arg=None):
   config.model.vocab_size = 50280
   config.model.dtype = "bfloat16"
   config.model.remat = "full"
+  config.model.loss_chunk = 256
   config.model.pattern = ("mamba",)
   config.optim.learning_rate = 3e-3
   config.optim.weight_decay = 0.1

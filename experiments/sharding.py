@@ -21,7 +21,7 @@ P = jax.P
 # The optimizer's moments and the averaged weights end in the same paths and follow the same rules.
 PARAMETER_RULES = (
   (r"embedding$", P("tensor", "fsdp")),
-  (r"head/kernel$", P("fsdp", "tensor")),
+  (r"\bhead$", P("fsdp", "tensor")),
   (r"/in_proj/kernel$", P(None, "fsdp", None, "tensor")),
   (r"/(query|key|value)_proj/kernel$", P(None, "fsdp", "tensor", None)),
   (r"attention/mixer/out_proj/kernel$", P(None, "tensor", None, "fsdp")),

@@ -133,8 +133,9 @@ def make_step(config, mesh: jax.sharding.Mesh):
 
 def batch_nats(model: lm.Config, params, batch, carry):
   """Nats of every target [B T], zero at padding; which targets count [B T]; the state after."""
-  logits, carry = lm.apply(model, params, batch["inputs"], carry, batch["segment_ids"])
-  nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+  nats, carry = lm.token_nats(
+    model, params, batch["inputs"], batch["targets"], carry, batch["segment_ids"]
+  )
   real = batch["segment_ids"] >= 0
   return jnp.where(real, nats, 0.0), real, carry
 

@@ -11,7 +11,7 @@ from experiments import configuration
 from experiments.errors import UserError
 
 # A checkpoint may be used with other values of these: they change how, not what, a model computes.
-FREE_FIELDS = ("remat", "unroll", "dtype", "implementation", "context")
+FREE_FIELDS = ("remat", "unroll", "dtype", "implementation", "context", "loss_chunk")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "recurrax")
 
 

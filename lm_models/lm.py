@@ -4,10 +4,8 @@
     W_head
 
 The blocks repeat a pattern, which is data: `pattern=("mamba", "mamba", "sliding_attention")`, 12
-blocks,
-is four times these three. `lax.scan` runs over the repeats, so that compile time does not grow
-with depth,
-and each repeat is rematerialised by a named policy. A model is a `Config` and these pure functions:
+blocks, is four times these three. `lax.scan` runs over the repeats, so that compile time does not
+grow with depth, and each repeat is rematerialised by a named policy. A model is a `Config` and these pure functions:
 
     params = init(config, key)
     logits, state = apply(config, params, tokens, state, segment_ids)
@@ -32,6 +30,8 @@ MIXERS = {
   "sliding_attention": (attention, {"window": 256}),
 }
 
+DTYPES = ("float32", "bfloat16", "float64")
+
 # What a repeat keeps for its backward pass; the rest is computed again.
 REMAT_POLICIES = {
   "none": None,
@@ -55,6 +55,7 @@ class Config:
   norm_epsilon: float = 1e-5  # of every RMSNorm
   embedding_scale: float = 0.02  # standard deviation of the initial embedding
   remat: str = "none"  # none, dots (keep matrix products) or full (keep nothing)
+  loss_chunk: int = 0  # tokens of a row whose logits exist at a time in training; 0 is all
   unroll: int = 1  # repeats of the pattern unrolled in one step of the scan
   dtype: str = "float32"  # of matrix products and activations; parameters are float32
 
@@ -94,23 +95,30 @@ def make_config(**fields) -> Config:
   if wrong:
     raise ValueError(f"model.{wrong[0]} is no field; there are {sorted(known | set(MIXERS))}")
   config = Config(**{**common, "pattern": pattern})
-  if config.L < 1 or config.L % len(pattern):
+  try:
+    layers.check_at_least(config, 1, "vocab_size", "D", "L", "unroll")
+  except ValueError as error:
+    raise ValueError(f"model.{error}") from None
+  if config.dtype not in DTYPES:
+    raise ValueError(f"model.dtype is {config.dtype!r}, must be one of {DTYPES}")
+  if config.L % len(pattern):
     raise ValueError(f"model.L is {config.L}, must be a multiple of the pattern's {len(pattern)}")
   if config.remat not in REMAT_POLICIES:
     raise ValueError(f"model.remat is {config.remat!r}, must be one of {sorted(REMAT_POLICIES)}")
   shared = {"D": config.D, "L": config.L, "dtype": config.dtype}
-  mixers = tuple(_mixer_config(name, {**shared, **options.get(name, {})}) for name in config.names)
+  mixers = tuple(_mixer_config(name, shared, options.get(name, {})) for name in config.names)
   return dataclasses.replace(config, mixers=mixers)
 
 
-def _mixer_config(name, options):
+def _mixer_config(name, shared, options):
   module, start = MIXERS[name]
-  known = {field.name for field in dataclasses.fields(module.Config)}
+  # The width and the dtype are the whole model's.
+  known = {field.name for field in dataclasses.fields(module.Config)} - set(shared)
   wrong = sorted(set(options) - known)
   if wrong:
     raise ValueError(f"model.{name}.{wrong[0]} is no field; there are {sorted(known)}")
   try:
-    return module.Config(**{**start, **options})
+    return module.Config(**{**start, **shared, **options})
   except ValueError as error:
     raise ValueError(f"model.{name}.{error}") from None
 
@@ -177,7 +185,7 @@ class LanguageModel(nn.Module):
     self.blocks = stack(c)
     self.norm = layers.RMSNorm(c.norm_epsilon, c.dtype)
     if not c.tied:
-      self.head = layers.Projection(c.vocab_size, dtype=c.dtype, kernel_init=embed)
+      self.head = self.param("head", embed, (c.D, c.vocab_size))
 
   def __call__(
     self,
@@ -185,16 +193,44 @@ class LanguageModel(nn.Module):
     state: Any = None,
     segment_ids: Int[Array, "B T"] | None = None,
   ) -> tuple[Float[Array, "B T vocab"], Any]:
+    x, state = self.features(tokens, state, segment_ids)
+    return self.logits(x), state
+
+  def features(self, tokens, state, segment_ids):
+    """What the head sees, [B T D], and the state after the last token."""
     # The residual stream stays float32 whatever the products are: it is a long sum.
     x = jnp.take(self.embedding, tokens, axis=0)
     x = layers.constrain_activations(x)
     x, state = self.blocks(x, state, segment_ids)
-    x = self.norm(x)
-    if self.config.tied:
-      logits = x @ self.embedding.T.astype(x.dtype)
-    else:
-      logits = self.head(x)
-    return layers.constrain(logits, ("data", "fsdp"), "seq", "tensor").astype(jnp.float32), state
+    return self.norm(x), state
+
+  def logits(self, x):
+    """Logits, float32, of features [B T D]."""
+    kernel = (self.embedding.T if self.config.tied else self.head).astype(x.dtype)
+    logits = jnp.einsum("btd,dv->btv", x, kernel, preferred_element_type=jnp.float32)
+    return layers.constrain(logits, ("data", "fsdp"), "seq", "tensor")
+
+  def nats(self, tokens, targets, state, segment_ids):
+    """Cross-entropy of each target, [B T] float32, and the state after the last token.
+
+    With `loss_chunk`, the logits of so many tokens of each row exist at a time, backwards too: with
+    a large vocabulary they are the largest array of all.
+    """
+    x, state = self.features(tokens, state, segment_ids)
+
+    def nats(x, targets):
+      logits = self.logits(x)
+      chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+      return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+    B, T = targets.shape
+    size = self.config.loss_chunk or T
+    if size >= T:
+      return nats(x, targets), state
+    pad = lambda y: jnp.pad(y, [(0, 0), (0, -T % size)] + [(0, 0)] * (y.ndim - 2))
+    split = lambda y: jnp.moveaxis(pad(y).reshape(B, -1, size, *y.shape[2:]), 1, 0)
+    chunks = jax.lax.map(lambda part: jax.checkpoint(nats)(*part), (split(x), split(targets)))
+    return jnp.moveaxis(chunks, 0, 1).reshape(B, -1)[:, :T], state
 
 
 def init(config: Config, key: Array) -> dict:
@@ -218,13 +254,28 @@ def apply(
     tokens: int32 token ids. To prefill a prompt is this call.
     state: from `init_state` or an earlier call; it belongs to each row's first document.
     segment_ids: int32 document of each token; where it changes a new document starts, and a
-    negative
-      id marks padding.
+      negative id marks padding.
 
   Returns:
     Logits, float32, and the new state.
   """
   return LanguageModel(config).apply({"params": params}, tokens, state, segment_ids)
+
+
+def token_nats(
+  config: Config,
+  params: dict,
+  tokens: Int[Array, "B T"],
+  targets: Int[Array, "B T"],
+  state: Any = None,
+  segment_ids: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T"], Any]:
+  """Cross-entropy in nats of each target given the tokens up to its place, and the state after.
+
+  `apply` followed by a cross-entropy, in the memory that `Config.loss_chunk` allows.
+  """
+  model = LanguageModel(config)
+  return model.apply({"params": params}, tokens, targets, state, segment_ids, method="nats")
 
 
 def decode_step(
