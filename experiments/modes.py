@@ -5,6 +5,7 @@ import pathlib
 import jax
 
 from experiments import configuration, metrics, report, sharding, train_step, workspace
+from experiments.benchmark import benchmark_config
 from experiments.checkpoints import Checkpoints
 from experiments.errors import UserError
 from experiments.evaluate import Evaluator
@@ -75,4 +76,4 @@ def _chosen(which: str, checkpoints: Checkpoints) -> int | None:
   return int(which)
 
 
-MODES = {"train": train, "eval": _eval, "sample": _sample}
+MODES = {"train": train, "eval": _eval, "sample": _sample, "bench": benchmark_config}
