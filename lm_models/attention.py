@@ -3,13 +3,12 @@
     o_t = sum_j softmax_j(q_t . k_j / sqrt(K)) v_j         j <= t, t - j < window, same document
 
 Vaswani et al., "Attention Is All You Need", 2017; grouped key and value heads as Ainslie et al.,
-"GQA",
-2023; sliding window as Beltagy et al., "Longformer", 2020. The baseline, and a layer of hybrids.
+"GQA", 2023; sliding window as Beltagy et al., "Longformer", 2020. The baseline, and a
+layer of hybrids.
 
 The state holds the last keys and values of the present document, as they were before their
-rotation:
-angles are taken afresh from positions inside the window at each call, so that they are as exact
-after a million tokens as after ten, and the state's size never grows.
+rotation: angles are taken afresh from positions inside the window at each call, so that they are
+as exact after a million tokens as after ten, and the state's size never grows.
 """
 
 import dataclasses
@@ -51,6 +50,8 @@ class Config:
     return self.context if self.window is None else self.window - 1
 
   def __post_init__(self):
+    layers.check_at_least(self, 1, "D", "L", "H", "kv_heads", "K")
+    layers.check_at_least(self, 0, "context", "mlp_width")
     if self.K is None and self.D % self.H:
       raise ValueError(f"H is {self.H}, must divide D = {self.D} where K is not given")
     if self.head_width % 2:

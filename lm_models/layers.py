@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,14 @@ from jaxtyping import Array, Float, Int
 # Torch's default for linear layers and convolutions, U(-fan_in^-1/2, fan_in^-1/2): the published
 # Mamba models start from it.
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def check_at_least(config: Any, least: int, *fields: str) -> None:
+  """Raises ValueError where one of these fields of a Config is given and below `least`."""
+  for field in fields:
+    value = getattr(config, field)
+    if value is not None and value < least:
+      raise ValueError(f"{field} is {value}, must be at least {least}")
 
 
 def constrain(x: Array, *axes: str | Sequence[str] | None) -> Array:

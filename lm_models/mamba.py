@@ -24,6 +24,8 @@ from jaxtyping import Array, Float, Int
 import ops
 from lm_models import layers
 
+IMPLEMENTATIONS = (None, "recurrent", "parallel", "chunked", "pallas")
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -41,6 +43,16 @@ class Config:
   mlp_width: int | None = 0  # width of a gated MLP after the mixer; 0 leaves it out
   implementation: str | None = None  # of the scan: recurrent, parallel, chunked; None chooses
   dtype: str = "float32"  # of matrix products and activations
+
+  def __post_init__(self):
+    layers.check_at_least(self, 1, "D", "L", "expand", "N", "W", "dt_rank")
+    layers.check_at_least(self, 0, "mlp_width")
+    if not 0 < self.dt_min <= self.dt_max:
+      raise ValueError(f"dt_min is {self.dt_min}, must be above 0 and at most dt_max")
+    if self.implementation not in IMPLEMENTATIONS:
+      raise ValueError(
+        f"implementation is {self.implementation!r}, must be one of {IMPLEMENTATIONS}"
+      )
 
   @property
   def inner(self) -> int:
