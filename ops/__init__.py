@@ -3,6 +3,7 @@
 from ops.causal_conv import causal_conv as causal_conv
 from ops.causal_conv import causal_conv_step as causal_conv_step
 from ops.dispatch import explain as explain
+from ops.dispatch import for_platform as for_platform
 from ops.linear_scan import linear_scan as linear_scan
 from ops.linear_scan import linear_scan_step as linear_scan_step
 from ops.normalize import l2_normalize as l2_normalize

@@ -36,15 +36,20 @@ def _act(transition: Array, h: Array, dense: bool) -> Array:
 
 def apply(element: Affine, h: Array, *, dense: bool = False) -> Array:
   """The state after `element`, from the state `h` before it."""
-  carried = _act(element.transition, h, dense)
-  if element.fresh is not None:
-    carried = jnp.where(_align(element.fresh, carried), jnp.zeros_like(carried), carried)
-  return carried + element.input
+  return _forget(element, _act(element.transition, _forget(element, h), dense)) + element.input
+
+
+def _forget(element: Affine, h: Array) -> Array:
+  """Zero where fresh. Done to what goes into a product and to what comes out, so that neither the
+  values nor the gradients multiply a NaN from the other side of a reset by 0."""
+  if element.fresh is None:
+    return h
+  return jnp.where(_align(element.fresh, h), jnp.zeros_like(h), h)
 
 
 def compose(earlier: Affine, later: Affine, *, dense: bool = False) -> Affine:
   """The one map that does `earlier` and then `later`."""
-  transition = _act(later.transition, earlier.transition, dense)
+  transition = _act(later.transition, _forget(later, earlier.transition), dense)
   input = apply(later, earlier.input, dense=dense)
   if later.fresh is None and earlier.fresh is None:
     return Affine(transition, input)
@@ -52,9 +57,8 @@ def compose(earlier: Affine, later: Affine, *, dense: bool = False) -> Affine:
     fresh = earlier.fresh if later.fresh is None else later.fresh
   else:
     fresh = later.fresh | earlier.fresh
-  return Affine(
-    jnp.where(_align(fresh, transition), jnp.zeros_like(transition), transition), input, fresh
-  )
+  element = Affine(transition, input, fresh)
+  return element._replace(transition=_forget(element, transition))
 
 
 def identity(like: Affine, *, dense: bool = False) -> Affine:
@@ -70,9 +74,5 @@ def identity(like: Affine, *, dense: bool = False) -> Affine:
 
 def reset(element: Affine, start: Bool[Array, "..."]) -> Affine:
   """`element`, made to forget the state before it wherever `start`."""
-  fresh = start if element.fresh is None else element.fresh | start
-  transition = element.transition
-  return element._replace(
-    transition=jnp.where(_align(fresh, transition), jnp.zeros_like(transition), transition),
-    fresh=fresh,
-  )
+  element = element._replace(fresh=start if element.fresh is None else element.fresh | start)
+  return element._replace(transition=_forget(element, element.transition))

@@ -111,26 +111,44 @@ def _parallel(x, weight, state, segments):
   W, T = weight.shape[0], x.shape[1]
   if segments is None:
     window = jnp.concatenate([state, x], axis=1)
-    y = sum(weight[w] * window[:, w : w + T] for w in range(W))
-    return y, window[:, T:]
+    return _products(window, weight, T), window[:, T:]
   real, _, document = segments
-  order = jnp.argsort(~real, axis=1, stable=True)
-  position = jnp.argsort(order, axis=1)
-  window = jnp.concatenate([state, _take(x, order)], axis=1)
-  documents = jnp.pad(_take(document, order), ((0, 0), (W - 1, 0)))
-  y = jnp.zeros_like(x)
-  for w in range(W):
-    same = documents[:, w : w + T] == documents[:, W - 1 :]
-    y = y + weight[w] * where_mask(same, window[:, w : w + T])
-  tail = real.sum(1)[:, None] + jnp.arange(W - 1)
-  final_state = where_mask(_take(documents, tail) == document[:, -1:], _take(window, tail))
-  return _take(y, position), final_state
+  count = jnp.sum(real, axis=1, keepdims=True)
+  position = jnp.where(real, jnp.cumsum(real, axis=1) - 1, count + jnp.cumsum(~real, axis=1) - 1)
+  order = jnp.argsort(position, axis=1)
+  window = jnp.concatenate([state, _permute(x, order, position)], axis=1)
+  documents = jnp.pad(_rows(document, order), ((0, 0), (W - 1, 0)))
+  y = _permute(_products(window, weight, T, documents), position, order)
+  tail = count + jnp.arange(W - 1)
+  kept = _rows(documents, tail) == document[:, -1:]
+  return y, where_mask(kept, _rows(window, tail))
 
 
-def _take(array, indices):
-  return jnp.take_along_axis(
-    array, indices.reshape(indices.shape + (1,) * (array.ndim - 2)), axis=1
-  )
+def _products(window, weight, T, documents=None):
+  """The sum of W shifted products; a token of another document counts as zero."""
+  W = weight.shape[0]
+  y = weight[W - 1] * window[:, W - 1 :]
+  for w in range(W - 1):
+    shifted = window[:, w : w + T]
+    if documents is not None:
+      shifted = where_mask(documents[:, w : w + T] == documents[:, W - 1 :], shifted)
+    y = y + weight[w] * shifted
+  return y
+
+
+_rows = jax.vmap(lambda array, indices: array[indices])
+
+
+@jax.custom_vjp
+def _permute(array, indices, inverse):
+  """`array` [B T D] with its tokens in the order `indices` [B T]; its gradient is no scatter."""
+  return _rows(array, indices)
+
+
+_permute.defvjp(
+  lambda array, indices, inverse: (_rows(array, indices), inverse),
+  lambda inverse, cotangent: (_rows(cotangent, inverse), None, None),
+)
 
 
 dispatch.declare(

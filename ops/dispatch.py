@@ -4,6 +4,8 @@ Every op declares its implementations once, best first. A user's string is an or
 run raises a ValueError with the reason, and nothing is tried and caught.
 """
 
+import contextlib
+import contextvars
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,9 +19,7 @@ class Implementation(NamedTuple):
   """One way to compute an op."""
 
   run: Callable | None  # None: it does not exist, and `supports` says so
-  supports: Callable[
-    ..., Reason
-  ]  # takes the op's arguments by name; None if it can run, else why not
+  supports: Callable[..., Reason]  # of the op's arguments by name; None if it can run, else why not
   character: str  # what it is good and bad at, in a few words
 
 
@@ -34,6 +34,24 @@ def no_kernel(**arguments) -> Reason:
 
 
 NO_KERNEL = Implementation(None, no_kernel, "one kernel for the device at hand")
+
+_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+def platform() -> str:
+  """The device family that ops are traced for: "cpu", "gpu" or "tpu"."""
+  return _platform.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def for_platform(name: str):
+  """Within it, implementations are chosen for `name`: to compile on a CPU what a TPU will run."""
+  token = _platform.set(name)
+  try:
+    yield
+  finally:
+    _platform.reset(token)
+
 
 Preference = Callable[..., list[str]]
 _declared: dict[str, tuple[Mapping[str, Implementation], Preference]] = {}
@@ -95,7 +113,7 @@ def explain(op: Callable, *args, **kwargs) -> str:
   shapes = ", ".join(
     f"{key} {_shape(value)}" for key, value in arguments.items() if hasattr(value, "shape")
   )
-  lines = [f"{name} on {jax.default_backend()}: {shapes}"]
+  lines = [f"{name} on {platform()}: {shapes}"]
   for key, candidate in implementations.items():
     reason = candidate.supports(**arguments)
     if key == chosen:

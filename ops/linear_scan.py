@@ -130,7 +130,7 @@ def _recurrent(a, b, state, start, chunk_size):
     return h, h
 
   tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (a, b, start))
-  return jnp.moveaxis(jax.lax.scan(step, state, tokens, unroll=8)[1], 0, 1)
+  return jnp.moveaxis(jax.lax.scan(step, state, tokens)[1], 0, 1)
 
 
 def _parallel(a, b, state, start, chunk_size):
@@ -164,6 +164,12 @@ def _chunked(a, b, state, start, chunk_size):
   return jnp.moveaxis(h, 0, 2).reshape(B, -1, D)[:, :T]
 
 
+def _preference(a, **arguments):
+  if a.shape[1] == 1 or dispatch.platform() == "cpu":
+    return ["recurrent", "chunked", "parallel"]
+  return ["chunked", "parallel", "recurrent"]
+
+
 dispatch.declare(
   "linear_scan",
   {
@@ -176,4 +182,5 @@ dispatch.declare(
     ),
     "pallas": dispatch.NO_KERNEL,
   },
+  _preference,
 )

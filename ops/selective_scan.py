@@ -1,6 +1,16 @@
 """Selective scan of Mamba: a diagonal recurrence with a state of N numbers per channel.
 
-h_t = exp(dt_t A) h_{t-1} + (dt_t x_t) B_t,    y_t = h_t C_t + D x_t
+  h_t = exp(dt_t A) h_{t-1} + (dt_t x_t) B_t,    y_t = h_t C_t + D x_t
+
+An array [B T D N] would be N times the input, so "chunked" holds one chunk of states at a time: the
+forward pass keeps the state at every chunk border, the backward pass computes the others again.
+With e_t = dL/dy_t, d = dL/dh_t, u_t = dt_t x_t and a_t = exp(dt_t A), from right to left:
+
+  dC_t = sum_D e_t h_t     d <- d + e_t C_t     dB_t = sum_D u_t d     du_t = sum_N d B_t
+  d <- a_t d    w = d h_{t-1}    ddt_t = x_t du_t + sum_N w A    dx_t = dt_t du_t    dA += w dt_t
+
+The steps of a chunk are written out, not looped over: on a CPU, where XLA runs one fused loop per
+state and step, that is more than twice as fast as a loop inside a loop.
 """
 
 import jax
@@ -8,10 +18,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ops import affine, dispatch
+from ops.exponential import exp2
 from ops.precision import state_dtype
 from ops.segments import find_segments, where_mask
 
-DEFAULT_CHUNK = 16  # tokens
+DEFAULT_CHUNK = 16  # tokens; a chunk's steps are unrolled, so compile time grows with it
+LOG2_E = 1.4426950408889634
 
 
 def selective_scan(
@@ -171,7 +183,11 @@ def _advance(h, A, x, dt, B, start):
 
 
 def _decay(dt, A):
-  return jnp.exp(dt[:, None] * A)
+  return exp2(dt[:, None] * (A * LOG2_E))
+
+
+def _contract(equation, *arrays):
+  return jnp.einsum(equation, *arrays, precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.custom_vjp
@@ -186,7 +202,7 @@ def _forward(x, dt, B, C, start, A, state):
     for i in range(tokens[0].shape[1]):
       x, dt, B, C, start = _token(tokens, i)
       h = _advance(h, A, x, dt, B, start)
-      y.append(jnp.einsum("bnd,bn->bd", h, C))
+      y.append(_contract("bnd,bn->bd", h, C))
     return h, (jnp.stack(y, 1), incoming)
 
   final_state, (y, incoming) = jax.lax.scan(chunk, state, (x, dt, B, C, start))
@@ -208,10 +224,10 @@ def _backward(residuals, cotangents):
     gradients, dA_terms = [], []
     for i in reversed(range(size)):
       (x, dt, B, C, start), e = _token(tokens, i), dy[:, i]
-      dC = jnp.einsum("bnd,bd->bn", states[i + 1], e)
+      dC = _contract("bnd,bd->bn", states[i + 1], e)
       dh = dh + e[:, None] * C[:, :, None]
-      dB = jnp.einsum("bnd,bd->bn", dh, dt * x)
-      du = jnp.einsum("bnd,bn->bd", dh, B)
+      dB = _contract("bnd,bd->bn", dh, dt * x)
+      du = _contract("bnd,bn->bd", dh, B)
       dh = _kept(start, _decay(dt, A) * dh)
       w = _kept(start, dh * states[i])
       gradients.append((dt * du, x * du + jnp.sum(w * A, axis=1), dB, dC))
