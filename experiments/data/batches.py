@@ -22,7 +22,7 @@ def make_batch(store: TokenStore, places: np.ndarray) -> dict[str, np.ndarray]:
   known = np.where(real, places, 0)
   inputs = store.tokens[known].astype(np.int32)
   targets = store.tokens[known + 1].astype(np.int32)
-  is_start = (inputs == store.boundary) & real
+  is_start = inputs == store.boundary
   segment_ids = np.cumsum(is_start[:, 1:], axis=1, dtype=np.int32)
   segment_ids = np.pad(segment_ids, ((0, 0), (1, 0)))
   column = np.arange(places.shape[1])

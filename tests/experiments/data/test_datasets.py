@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import os
 import signal
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 
-from experiments.data import datasets
+from experiments.data import cache, datasets
 from experiments.errors import UserError
 
 
@@ -174,6 +175,22 @@ def test_a_killed_preparation_is_begun_again(make_config, tmp_path):
   texts, _ = datasets.open_texts(make_config(cache_directory=tmp_path), "train")
   assert len(texts) == 184
   assert not list(tmp_path.glob("datasets/austen/chapters/incomplete*"))
+
+
+def test_what_another_prepared_while_we_waited_is_used(make_config, tmp_path, monkeypatch):
+  config = make_config(cache_directory=tmp_path)
+  exclusive = cache.exclusive
+
+  @contextlib.contextmanager
+  def overtaken(path):
+    monkeypatch.undo()
+    datasets.open_texts(config, "train")
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", None)
+    with exclusive(path):
+      yield
+
+  monkeypatch.setattr(cache, "exclusive", overtaken)
+  assert len(datasets.open_texts(config, "train")[0]) == 184
 
 
 def test_two_preparations_agree(tmp_path):

@@ -127,6 +127,16 @@ def test_longest_documents_come_first_to_the_emptiest_row(make_store):
   assert [list(map(len, documents_of(row))) for row in rows] == [[8, 1], [5, 3]]
 
 
+@pytest.mark.parametrize("batch_size", [2, 5, 8])
+def test_rows_are_loaded_greedily(make_store, batch_size):
+  lengths = np.random.default_rng(batch_size).integers(1, 60, 70).tolist()
+  rows = read_rows(evaluation_batches(make_store([b"a" * n for n in lengths]), batch_size, 50))
+  loads = [0] * batch_size
+  for length in sorted(lengths, reverse=True):
+    loads[loads.index(min(loads))] += length + 1
+  assert sorted(map(len, rows)) == sorted(loads)
+
+
 @pytest.mark.parametrize("max_tokens", [1, 50, 200, 10**9])
 def test_evaluation_of_a_prefix(make_store, texts, max_tokens):
   store = make_store(texts)
