@@ -5,8 +5,10 @@ checksum, the state of the data pipeline, metrics, and times. The record has a c
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import errno
+import functools
 import gc
 import io
 import json
@@ -106,6 +108,7 @@ class Checkpoints:
     self._best_metric = best_metric
     self._read_only = read_only
     self._saving: int | None = None
+    _return_large_blocks()
     self._manager = self._open()
     self._began = time.time()
     self._facts: dict[int, _Fact] = {}
@@ -415,6 +418,19 @@ def _brief(error: Exception) -> str:
   if not isinstance(error, OSError | ValueError):
     message = f"{type(error).__name__} {message}"
   return message if len(message) <= 160 else f"{message[:50]} ... {message[-105:]}"
+
+
+@functools.cache
+def _return_large_blocks() -> None:
+  """Lets glibc give freed blocks of a mebibyte and more back to the system at once.
+
+  Left to itself it raises that bound to 32 MiB, and since each save writes from new threads, each of
+  its arenas in turn comes to hoard the buffers of a checkpoint: a slow growth that looks like a leak.
+  """
+  mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+  if mallopt is not None:
+    M_MMAP_THRESHOLD = -3
+    mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 @contextlib.contextmanager

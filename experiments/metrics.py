@@ -118,9 +118,13 @@ class Metrics:
     if self._events is None:
       import tensorboardX
 
-      # Readers drop what an earlier session wrote from purge_step on.
+      # Readers drop what earlier files hold from purge_step on. File names count seconds: without a
+      # suffix, two sessions within one second would write to the same file.
       self._events = tensorboardX.SummaryWriter(
-        str(self.path.parent), purge_step=self._purge_step, flush_secs=10
+        str(self.path.parent),
+        purge_step=self._purge_step,
+        flush_secs=10,
+        filename_suffix=f".{time.time_ns()}",
       )
     for key, value in row.items():
       if key != "step" and isinstance(value, int | float):
