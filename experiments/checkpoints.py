@@ -424,8 +424,8 @@ def _brief(error: Exception) -> str:
 def _return_large_blocks() -> None:
   """Lets glibc give freed blocks of a mebibyte and more back to the system at once.
 
-  Left to itself it raises that bound to 32 MiB, and since each save writes from new threads, each of
-  its arenas in turn comes to hoard the buffers of a checkpoint: a slow growth that looks like a leak.
+  Left to itself it raises that bound to 32 MiB, and since each save writes from new threads, all of
+  its arenas come to hoard buffers of a checkpoint: a slow growth that looks like a leak.
   """
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
   if mallopt is not None:

@@ -266,7 +266,8 @@ def _blame(path: str, argument: str, error: Exception) -> str:
   frames = [
     frame
     for frame in traceback.extract_tb(error.__traceback__)
-    if "configs" in pathlib.Path(frame.filename).parts or os.path.samefile(frame.filename, path)
+    if "configs" in pathlib.Path(frame.filename).parts
+    or os.path.realpath(frame.filename) == os.path.realpath(path)
   ]
   # A config raises ValueError for an argument that it does not know, in words meant for the user.
   if argument and isinstance(error, ValueError):
