@@ -23,10 +23,10 @@ class StreamingBatches:
   """`batches[n]` is batch n, a pure function of (seed, n).
 
   Documents are dealt to the rows like cards: place j of the endless sequence of shuffled epochs
-  goes to row j mod batch_size, so any run of D deals holds each of the D documents once. A row that
-  got shorter documents runs ahead of the others; rows are left to drift so because balancing them
-  by length would mean to cut documents, to pad, or to fix which documents share a row.
-  With fewer documents than rows, rows read the same document in step.
+  goes to row j mod batch_size, so each epoch holds every document once over all rows. A row with
+  shorter documents runs ahead of the others. Rows may drift apart like this because to balance
+  them would mean to cut documents, to pad, or to fix which documents share a row. With fewer
+  documents than rows, several rows read the same document in step.
 
   Args:
     store: the split.
