@@ -7,9 +7,22 @@ import sys
 
 from experiments.errors import UserError
 
+# What is wrong with a disk or a directory, rather than with the program.
+DISK_TROUBLE = (
+  errno.ENOSPC,
+  errno.EDQUOT,
+  errno.EACCES,
+  errno.EPERM,
+  errno.EROFS,
+  errno.ENOTDIR,
+  errno.EISDIR,
+  errno.EIO,
+)
+
 
 def main(argv: list[str]) -> int:
   """Runs one command line; returns the exit status. Every mistake of the user's is one line."""
+  invocation = None
   try:
     # Imported here, so that a mistake while importing a missing extra is told like any other.
     from experiments import configuration, modes
@@ -18,16 +31,17 @@ def main(argv: list[str]) -> int:
     modes.run(invocation)
   except UserError as error:
     return _fail(str(error), error.status)
-  except OSError as error:
-    if error.errno != errno.ENOSPC:
-      raise
-    return _fail(f"the disk is full: {error.filename or os.getcwd()}", 1)
   except KeyboardInterrupt:
     return _fail("interrupted; the last checkpoint stands", 130)
   except BrokenPipeError:
     # The reader of our output has gone, as `| head` does; Python would complain while closing it.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
+  except OSError as error:
+    if error.errno not in DISK_TROUBLE:
+      raise
+    place = error.filename or (f"a file in {invocation.workdir}" if invocation else "a file")
+    return _fail(f"{place} cannot be read or written: {error.strerror}", 1)
   return 0
 
 

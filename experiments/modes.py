@@ -4,7 +4,7 @@ import pathlib
 
 import jax
 
-from experiments import configuration, metrics, report, sharding, train_step, workspace
+from experiments import configuration, limits, metrics, report, sharding, train_step, workspace
 from experiments.benchmark import benchmark_config
 from experiments.checkpoints import Checkpoints
 from experiments.errors import UserError
@@ -18,6 +18,9 @@ def run(invocation: configuration.Invocation) -> None:
   Raises:
     UserError: in one line, what the person at the keyboard can mend.
   """
+  if invocation.mode not in MODES:
+    raise UserError(f"--mode={invocation.mode} is not available; there are {', '.join(MODES)}")
+  limits.check(invocation.config)
   MODES[invocation.mode](invocation.config, invocation.workdir)
 
 
@@ -36,7 +39,6 @@ def _eval(config, workdir: str) -> None:
 
 def _sample(config, workdir: str) -> None:
   """Streams text to the terminal."""
-  report.generate.check(config.sample)
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     params, _ = _trained(config, workdir, mesh)
@@ -49,7 +51,7 @@ def _sample(config, workdir: str) -> None:
 def _trained(config, workdir: str, mesh):
   """Parameters, the averaged ones where there are, of the checkpoint asked for, and its step."""
   if not (pathlib.Path(workdir) / "config.json").exists():
-    raise UserError(f"--workdir {workdir} holds no run: train first, with the same command")
+    raise UserError(f"--workdir {workdir} holds no run: train one there first, with --mode=train")
   workspace.check_same_model(config, workdir)
   # What a checkpoint holds (moments, averages, carried state) is as the run's own config says.
   stored = configuration.load(pathlib.Path(workdir) / "config.json")
@@ -60,7 +62,7 @@ def _trained(config, workdir: str, mesh):
   checkpoints.close()
   if restored is None:
     raise UserError(
-      f"{workdir}/checkpoints holds no checkpoint: train first, with the same command"
+      f"{workdir}/checkpoints holds no checkpoint: go on training first, with --mode=train"
     )
   return evaluation_params(restored.state), restored.step
 
@@ -70,7 +72,10 @@ def _chosen(which: str, checkpoints: Checkpoints) -> int | None:
   if which == "newest":
     return None
   if which == "best":
-    return checkpoints.best()
+    best = checkpoints.best()
+    if best is None and checkpoints.steps():
+      raise UserError("eval.checkpoint is 'best', but no checkpoint has been validated: use newest")
+    return best
   if not which.isdecimal():
     raise UserError(f"eval.checkpoint is {which!r}, must be newest, best or the number of a step")
   return int(which)

@@ -49,20 +49,22 @@ def train(config, workdir: str) -> None:
     )
     stack.callback(checkpoints.close)
 
+    stopped = stack.enter_context(stop_signals())
     report.greet(progress, config, model, mesh, batches.tokens_per_byte)
     state = start(config, mesh, checkpoints, batches, log, progress, differences)
-    stopped = stack.enter_context(stop_signals())
+    workspace.note_run(config, workdir)
     loop = Loop(
       config, mesh, step_function, evaluator, batches, log, checkpoints, progress, stopped
     )
     state = loop.run(state)
     checkpoints.wait()
-    if stopped:
-      progress.say(
-        f"stopped and saved at step {int(state.step)}; the same command goes on from there"
-      )
-      return
-    report.finish(config, workdir, model, evaluation_params(state), evaluator, progress)
+    if not stopped:
+      with interruptible():
+        report.finish(config, workdir, model, evaluation_params(state), evaluator, progress)
+        return
+    step = int(state.step)
+    saved = f"stopped and saved at step {step}" if step else "stopped before the first step"
+    progress.say(f"{saved}; the same command goes on from there")
 
 
 def start(config, mesh, checkpoints, batches, log, progress, differences):
@@ -105,6 +107,9 @@ class Loop:
     first, last = int(state.step) + 1, config.train.steps
     self.skipped = int(state.recent.skipped)
     for number in range(first, last + 1):
+      # Asked to while the run was set up: what was restored is saved already.
+      if self.stopped and number == first:
+        break
       batch = sharding.place_batch(self.mesh, next(self.batches))
       state, measured = self.step(state, batch)
       # The device works on this step while the host looks at the one before.
@@ -122,7 +127,8 @@ class Loop:
           self.log_row(number, {**row, **validation})
           if saves:
             self.checkpoints.save(number, state, self.batches.get_state(), validation or None)
-      if self.stopped:
+      # Not `if self.stopped`: a signal during a validation would end a run that has not saved.
+      if ends:
         break
     return state
 
@@ -208,6 +214,20 @@ def stop_signals():
   previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
   try:
     yield received
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def interruptible():
+  """Leaves the body at SIGTERM or Ctrl-C, and goes on behind it."""
+  handled = (signal.SIGTERM, signal.SIGINT)
+  previous = {number: signal.signal(number, signal.default_int_handler) for number in handled}
+  try:
+    yield
+  except KeyboardInterrupt:
+    pass
   finally:
     for number, handler in previous.items():
       signal.signal(number, handler)

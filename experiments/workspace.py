@@ -12,12 +12,13 @@ from experiments.errors import UserError
 
 # A checkpoint may be used with other values of these: they change how, not what, a model computes.
 FREE_FIELDS = ("remat", "unroll", "dtype", "implementation", "context", "loss_chunk")
+# The optimizer's moments, the recent losses and the carried state are as these say.
+STATE_FIELDS = ("optim.name", "optim.muon_rules", "train.spike_window", "data.mode")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "recurrax")
 
 
 def open_run(config, workdir: str) -> list[str]:
-  """Makes the directory, or checks that what lies there is of the same model; notes config and
-  versions.
+  """Makes the directory, or checks that a run with this config can go on from what lies there.
 
   Args:
     config: of this command.
@@ -27,17 +28,41 @@ def open_run(config, workdir: str) -> list[str]:
     Lines on the other fields in which the config differs from that of an earlier start.
 
   Raises:
-    UserError: another model or tokenizer was trained there, or the directory cannot be made.
+    UserError: another model or tokenizer was trained there, or in such a way that its state does
+      not fit; or the directory cannot be made.
   """
   directory = pathlib.Path(workdir)
   try:
     directory.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f"--workdir {workdir} cannot be made: {error.strerror}") from None
-  differences = check_same_model(config, workdir) if (directory / "config.json").exists() else []
+  if not (directory / "config.json").exists():
+    return []
+  differences = check_same_model(config, workdir)
+  stored = configuration.load(directory / "config.json")
+  if _what_state_holds(config) != _what_state_holds(stored):
+    fields = (*STATE_FIELDS, "train.ema_decay", "train.batch_size")
+    lines = configuration.difference(config, stored, fields, workdir)
+    raise UserError(f"{'; '.join(lines)}: a run cannot change that, use another --workdir")
+  return differences
+
+
+def note_run(config, workdir: str) -> None:
+  """Writes the config and the versions, once a run with this config has found what it needs.
+
+  Not before: what lies there must go on describing the checkpoints that lie there.
+  """
+  directory = pathlib.Path(workdir)
   configuration.save(config, directory / "config.json")
   (directory / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
-  return differences
+
+
+def _what_state_holds(config) -> tuple:
+  """What decides which arrays, of which shapes, a run saves beside the model's."""
+  values = dict(configuration.fields_of(config))
+  averages = values["train.ema_decay"] > 0
+  rows = values["train.batch_size"] if values["data.mode"] == "streaming" else None
+  return *(values[field] for field in STATE_FIELDS), averages, rows
 
 
 def check_same_model(config, workdir: str) -> list[str]:
