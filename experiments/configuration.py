@@ -224,8 +224,6 @@ def _split(
     if value is None and waiting and not re.match(r"--?[A-Za-z]", waiting[0]):
       value = waiting.pop(0)
     if name.startswith("config."):
-      # The last one wins, and so takes the last place.
-      fields.pop(name.removeprefix("config."), None)
       fields[name.removeprefix("config.")] = value
     elif not value:
       raise UserError(f"--{name} needs a value, as in --{name}={FLAGS[name]}")

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -295,6 +296,29 @@ def run(program, *arguments, **options):
     env=environment,
     **options,
   )
+
+
+DAMAGED = """
+import sys, jax, jax.numpy as jnp
+from experiments.checkpoints import Checkpoints
+for directory in sys.argv[1:]:
+  saver = Checkpoints(directory, keep_last=2, keep_best=0, keep_every_hours=0)
+  wanted = {str(i): jax.ShapeDtypeStruct((64, 64), jnp.float32) for i in range(20)}
+  assert saver.restore(wanted).step == 1
+"""
+
+
+def test_a_damaged_checkpoint_is_two_lines_on_the_terminal(tmp_path):
+  saver = make(tmp_path / "0")
+  for step in (1, 2):
+    saver.save(step, {str(i): jnp.ones((64, 64)) for i in range(20)}, {}, wait=True)
+  saver.close()
+  (tmp_path / "0" / "2" / "state" / "manifest.ocdbt").write_bytes(b"")
+  directories = [tmp_path / str(number) for number in range(12)]
+  for directory in directories[1:]:
+    shutil.copytree(directories[0], directory)
+  _, err = run(DAMAGED, *directories).communicate(timeout=120)
+  assert len(err.splitlines()) == 2 * len(directories), err
 
 
 SAVING = """
