@@ -1,5 +1,6 @@
 """Optimizers and schedules, from optax, with weight decay and learning rates by parameter."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,7 +43,7 @@ def make_schedule(config, steps: int, peak: float) -> optax.Schedule:
   final = config.final_fraction
 
   def stay_then_decay(step):
-    decay = max(config.decay_fraction * steps, 1.0)
+    decay = min(max(config.decay_fraction * steps, 1.0), rest)
     t = jnp.clip((step - (rest - decay)) / decay, 0.0, 1.0)
     return peak * (1 - (1 - final) * jnp.sqrt(t))
 
@@ -112,16 +113,22 @@ def _muon(config):
 
 
 def _decay_weights(weight_decay: float, rules: Any) -> optax.GradientTransformation:
-  def update(updates, params):
-    factors = map_rules(rules, params, "optim.weight_decay_rules")
-    return jax.tree.map(lambda u, p, f: u + weight_decay * f * p, updates, params, factors)
-
-  return optax.stateless(update)
+  return _by_rule(rules, "optim.weight_decay_rules", lambda u, p, f: u + weight_decay * f * p)
 
 
 def _multiply(rules: Any) -> optax.GradientTransformation:
-  def update(updates, params):
-    factors = map_rules(rules, params, "optim.learning_rate_rules")
-    return jax.tree.map(lambda u, f: f * u, updates, factors)
+  return _by_rule(rules, "optim.learning_rate_rules", lambda u, p, f: f * u)
 
-  return optax.stateless(update)
+
+def _by_rule(rules: Any, field: str, combine: Callable) -> optax.GradientTransformation:
+  """`combine(update, parameter, factor)` for each leaf, the factor by rules that cover all."""
+
+  def init(params):
+    map_rules(rules, params, field)
+    return optax.EmptyState()
+
+  def update(updates, state, params):
+    factors = map_rules(rules, params, field)
+    return jax.tree.map(combine, updates, params, factors), state
+
+  return optax.GradientTransformation(init, update)

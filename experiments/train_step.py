@@ -169,7 +169,7 @@ def _step(config, state: TrainState, batch):
       gradient, state.params, batch, carry, config.train.accumulate
     )
 
-  norm = optax.global_norm(gradients)
+  norm = optax.tree.norm(gradients)
   good = _is_good(config.train, state.recent, loss_value, norm)
   updates, optimizer = _optimizer(config).update(gradients, state.optimizer, state.params)
   params = optax.apply_updates(state.params, updates)
@@ -188,7 +188,7 @@ def _step(config, state: TrainState, batch):
     "loss": loss_value,
     "gradient_norm": norm,
     "tokens": tokens,
-    "learning_rate": schedule(state.step),
+    "learning_rate": schedule(state.recent.accepted),  # a skipped step does not count
     "skipped": recent.skipped,
     "skipped_in_a_row": recent.skipped_in_a_row,
   }
