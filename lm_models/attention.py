@@ -28,7 +28,7 @@ class Config:
 
   D: int = 768  # model width
   L: int = 12  # blocks in the whole model; the output projections start smaller by sqrt(2 L)
-  H: int = 12  # query heads
+  H: int = 4  # query heads
   kv_heads: int | None = None  # key and value heads, each serving H / kv_heads queries; None is H
   K: int | None = None  # width of a head, even; None is D / H
   window: int | None = None  # tokens a token sees, itself included; None is all

@@ -5,7 +5,8 @@
 
 The blocks repeat a pattern, which is data: `pattern=("mamba", "mamba", "sliding_attention")`, 12
 blocks, is four times these three. `lax.scan` runs over the repeats, so that compile time does not
-grow with depth, and each repeat is rematerialised by a named policy. A model is a `Config` and these pure functions:
+grow with depth, and each repeat is rematerialised by a named policy. A model is a `Config` and
+these pure functions:
 
     params = init(config, key)
     logits, state = apply(config, params, tokens, state, segment_ids)

@@ -79,7 +79,7 @@ def flops_per_token(config: Config, T: int) -> float:
   inner, rank, N = config.inner, config.rank, config.N
   matrices = config.D * 2 * inner + inner * (rank + 2 * N) + rank * inner + inner * config.D
   scan = inner * (7 * N + 3)  # exp, three products and an add for h; a product and an add for y
-  return 2 * matrices + 2 * config.W * inner + scan
+  return 2.0 * matrices + 2 * config.W * inner + scan
 
 
 class Mixer(nn.Module):
