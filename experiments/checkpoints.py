@@ -19,7 +19,7 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,10 @@ from experiments.errors import UserError
 
 # Orbax logs a traceback of each save that fails; this file says the same in one line.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+# So does the event loop of its readers, which knows them by these names only.
+logging.getLogger("asyncio").addFilter(
+  lambda record: not re.search("orbax|tensorstore|OCDBT", record.getMessage())
+)
 
 # What orbax, tensorstore and JSON raise for files that are missing, cut short or scrambled. A
 # device out of memory (JaxRuntimeError) is not among them: it says nothing about the checkpoint.
@@ -293,14 +297,22 @@ class Checkpoints:
       raise UserError(f"checkpoint {step} in {self.directory} is of another model: {difference}")
     state, problem = None, None
     wanted = ocp.args.StandardRestore(_placed(abstract_state))
-    try:
-      with _one_line_errors():
+    # When an array is damaged, orbax leaves its other reads behind, and each prints a traceback of
+    # its own: in a thread of tensorstore, a moment later, or as garbage when the error is gone.
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed):
+      try:
         state = self._manager.restore(step, args=ocp.args.Composite(state=wanted)).state
-    except Exception as error:
-      # An array that cannot be read is a bare Exception in orbax, and only that class means it.
-      if type(error) is not Exception and not isinstance(error, UNREADABLE):
-        raise
-      problem = _brief(error)
+      except Exception as error:
+        # An array that cannot be read is a bare Exception in orbax, and only that class means it.
+        if type(error) is not Exception and not isinstance(error, UNREADABLE):
+          raise
+        problem = _brief(error)
+      if problem:
+        gc.collect()
+        time.sleep(1)
+    if not problem:
+      sys.stderr.write(printed.getvalue())
     if not _agreed(problem is None):
       return problem or "another process cannot read it"
     misread = _first_difference(_describe(state), _describe(abstract_state))
@@ -431,24 +443,6 @@ def _return_large_blocks() -> None:
   if mallopt is not None:
     M_MMAP_THRESHOLD = -3
     mallopt(M_MMAP_THRESHOLD, 2**20)
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-  """Drops what is printed in vain when the body fails.
-
-  When an array of a checkpoint is damaged, orbax leaves its other reads behind, and each prints a
-  traceback of its own: in a thread of tensorstore, a moment later, or as garbage.
-  """
-  printed = io.StringIO()
-  with contextlib.redirect_stderr(printed):
-    try:
-      yield
-    except BaseException:
-      gc.collect()
-      time.sleep(0.2)
-      raise
-  sys.stderr.write(printed.getvalue())
 
 
 def _warn(message: str) -> None:

@@ -79,6 +79,7 @@ def loss_curve(metrics_path: str | os.PathLike, png: str | os.PathLike) -> None:
         color=COLORS["validation"],
       )
     _limit(axes, train[1], validation[1])
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
     axes.set_ylabel("bits per byte")
     axes.legend(loc="upper right")

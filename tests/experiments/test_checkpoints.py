@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,15 @@ def bits(leaf):
   if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     leaf = jax.random.key_data(leaf)
   return np.asarray(leaf).tobytes()
+
+
+def nothing_unfinished(directory):
+  """Whether no temporary directory is left; a thread removes them, so it may take a moment."""
+  for _ in range(100):
+    if not list(directory.glob("*tmp*")):
+      return True
+    time.sleep(0.1)
+  return False
 
 
 def assert_same(a, b):
@@ -274,9 +284,9 @@ def test_interrupted_saves_are_cleared_away(saved):
   directory, state = saved
   (directory / "3.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
   saver = make(directory)
-  assert saver.steps() == [1, 2] and not (directory / "3.orbax-checkpoint-tmp").exists()
+  assert saver.steps() == [1, 2]
   saver.save(3, state, {}, wait=True)
-  assert saver.steps() == [2, 3]
+  assert saver.steps() == [2, 3] and nothing_unfinished(directory)
 
 
 def test_arguments_are_checked(tmp_path):
@@ -314,7 +324,7 @@ def test_a_damaged_checkpoint_is_two_lines_on_the_terminal(tmp_path):
     saver.save(step, {str(i): jnp.ones((64, 64)) for i in range(20)}, {}, wait=True)
   saver.close()
   (tmp_path / "0" / "2" / "state" / "manifest.ocdbt").write_bytes(b"")
-  directories = [tmp_path / str(number) for number in range(12)]
+  directories = [tmp_path / str(number) for number in range(5)]
   for directory in directories[1:]:
     shutil.copytree(directories[0], directory)
   _, err = run(DAMAGED, *directories).communicate(timeout=120)
@@ -346,7 +356,7 @@ def test_kill_during_an_asynchronous_save(tmp_path):
   for _ in range(restored.step):
     x = x + 1
   assert bits(restored.state["x"]) == bits(x)
-  assert not list(tmp_path.glob("*tmp*"))
+  assert nothing_unfinished(tmp_path)
 
 
 GROWING = """
