@@ -87,11 +87,13 @@ def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransforma
 def _muon(config):
   """Ascent directions: Muon for the matrices that `optim.muon_rules` names, Adam for the rest."""
 
+  def labels(params):
+    taken = map_rules(config.muon_rules, params, "optim.muon_rules")
+    return jax.tree.map(lambda is_muon: "muon" if is_muon else "adam", taken)
+
   def dimension_numbers(params):
     def numbers(path, leaf):
       name = path_name(path)
-      if not first_match(config.muon_rules, name, "optim.muon_rules"):
-        return None
       first = 1 if name.startswith("blocks/") else 0
       inputs = first + first_match(INPUT_AXES, name, "optimizers.INPUT_AXES")
       return contrib.MuonDimensionNumbers(
@@ -103,13 +105,14 @@ def _muon(config):
   descent = contrib.muon(
     1.0,
     beta=config.momentum,
-    adam_b1=config.b1,
-    adam_b2=config.b2,
     eps=config.epsilon,
     muon_weight_dimension_numbers=dimension_numbers,
     consistent_rms=MUON_RMS,
   )
-  return optax.chain(descent, optax.scale(-1.0))
+  # Its own Adam for the rest would have Nesterov's momentum, which AdamW has not.
+  adam = optax.scale_by_adam(config.b1, config.b2, config.epsilon)
+  muon = optax.chain(descent, optax.scale(-1.0))
+  return optax.partition({"muon": muon, "adam": adam}, labels)
 
 
 def _decay_weights(weight_decay: float, rules: Any) -> optax.GradientTransformation:
