@@ -12,5 +12,5 @@ def get_config(arg=None):
   config.model.pattern = ("mamba", "mamba", "sliding_attention")
   config.model.sliding_attention.H = 5
   config.model.sliding_attention.window = 128
-  config.model.sliding_attention.mlp_width = 512
+  config.model.sliding_attention.mlp_width = 272
   return defaults.variant(config, arg)

@@ -1,4 +1,4 @@
-"""A Mamba of 4.2M parameters on the Austen corpus, for one GPU or a patient CPU.
+"""A Mamba of 4.1M parameters on the Austen corpus, for one GPU or a patient CPU.
 
 python run.py --config=configs/austen_mamba.py
 """

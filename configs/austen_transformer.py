@@ -13,5 +13,5 @@ def get_config(arg=None):
   config.model.pattern = ("attention",)
   config.model.attention.H = 5
   config.model.attention.context = 512
-  config.model.attention.mlp_width = 384
+  config.model.attention.mlp_width = 272
   return defaults.variant(config, arg)
