@@ -1,0 +1,80 @@
+"""Small models whose every parameter matters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm_models import lm
+
+PATTERNS = {
+  "mamba": (("mamba",), 2),
+  "hybrid": (("mamba", "sliding_attention"), 4),
+  "transformer": (("attention",), 2),
+  "three": (("mamba", "sliding_attention", "attention"), 3),
+}
+WINDOWS = {"attention": None, "sliding_attention": 4}
+
+# Rows of 12 tokens: documents, and padding left, right and between.
+SEGMENT_IDS = np.array(
+  [
+    [0] * 12,
+    [0, 0, 0, 0, 0, 1, 2, 2, 2, 2, 2, 2],
+    [-1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    [7, 7, 7, 7, 7, 7, 7, 7, -1, -1, -1, -1],
+    [-1, 5, 5, -1, -2, 5, 5, 2, 2, -1, 2, 5],
+  ],
+  np.int32,
+)
+
+
+def make_config(kind: str, **fields) -> lm.Config:
+  """The small model of this kind."""
+  pattern, L = PATTERNS[kind]
+  attention = {"H": 4, "kv_heads": 2, "K": 4, "mlp_width": 12, "context": 16}
+  # The default implementation of the scan compiles slowly; it is used where there is only Mamba.
+  mamba = {"N": 3, "dt_rank": 2, **({"implementation": "recurrent"} if kind != "mamba" else {})}
+  options = {
+    "vocab_size": 13,
+    "D": 8,
+    "L": L,
+    "pattern": pattern,
+    "mamba": mamba,
+    "attention": attention,
+    "sliding_attention": {**attention, "window": WINDOWS["sliding_attention"]},
+  }
+  return lm.make_config(**{**options, **fields})
+
+
+def random_params(shapes, seed=0, gain=1.5):
+  """Parameters far from their initial values, large enough that attention attends to something."""
+  generator = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    noise = generator.standard_normal(leaf.shape)
+    if name.endswith("kernel"):
+      stacked = name.startswith("blocks/")
+      inputs = 2 if "attention/mixer/out_proj" in name else 1
+      fan_in = np.prod(leaf.shape[stacked : stacked + inputs])
+      noise = gain * noise * fan_in**-0.5
+    elif name == "head":
+      noise = gain * noise * leaf.shape[0] ** -0.5
+    elif name.endswith(("scale", "skip")):
+      noise = 1 + 0.3 * noise
+    elif name.endswith(("A_log", "conv_weight", "bias")):
+      noise = 0.5 * noise
+    return jnp.asarray(noise, jnp.float32)
+
+  return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def random_model(kind: str, **fields):
+  """A small model's config and parameters."""
+  config = make_config(kind, **fields)
+  shapes = jax.eval_shape(lambda key: lm.init(config, key), jax.random.key(0))
+  return config, random_params(shapes)
+
+
+def random_tokens(shape, seed=0) -> np.ndarray:
+  """Token ids below 13."""
+  return np.random.default_rng(seed).integers(0, 13, shape).astype(np.int32)

@@ -1,0 +1,153 @@
+"""Configs, names, sizes and counts of models: promises to checkpoints and to users."""
+
+import functools
+
+import jax
+import pytest
+
+from configs import mamba_lm
+from experiments.train_step import model_config
+from lm_models import lm
+from tests.lm_models.models import make_config
+
+BLOCK_OF_MAMBA = {
+  "norm/scale": (3, 8),
+  "mixer/A_log": (3, 16, 3),
+  "mixer/conv_bias": (3, 16),
+  "mixer/conv_weight": (3, 4, 16),
+  "mixer/dt_bias": (3, 16),
+  "mixer/dt_proj/kernel": (3, 2, 16),
+  "mixer/in_proj/kernel": (3, 8, 2, 16),
+  "mixer/out_proj/kernel": (3, 16, 8),
+  "mixer/skip": (3, 16),
+  "mixer/x_proj/kernel": (3, 16, 8),
+}
+BLOCK_OF_ATTENTION = {
+  "norm/scale": (3, 8),
+  "mixer/query_proj/kernel": (3, 8, 4, 4),
+  "mixer/key_proj/kernel": (3, 8, 2, 4),
+  "mixer/value_proj/kernel": (3, 8, 2, 4),
+  "mixer/out_proj/kernel": (3, 4, 4, 8),
+  "mlp_norm/scale": (3, 8),
+  "mlp/in_proj/kernel": (3, 8, 2, 12),
+  "mlp/out_proj/kernel": (3, 12, 8),
+}
+# Checkpoints outlive code: what is listed here may be added to, never renamed.
+PARAMETERS = {
+  "embedding": (13, 8),
+  "norm/scale": (8,),
+  "head": (8, 13),
+  **{f"blocks/0_mamba/{name}": shape for name, shape in BLOCK_OF_MAMBA.items()},
+  **{f"blocks/1_sliding_attention/{name}": shape for name, shape in BLOCK_OF_ATTENTION.items()},
+  **{f"blocks/2_attention/{name}": shape for name, shape in BLOCK_OF_ATTENTION.items()},
+}
+
+
+def names_and_shapes(config):
+  """{path: shape} of the parameters."""
+  shapes = jax.eval_shape(functools.partial(lm.init, config), jax.random.key(0))
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+  }
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_parameter_names_and_shapes(remat):
+  assert names_and_shapes(make_config("three", L=9, tied=False, remat=remat)) == PARAMETERS
+
+
+def test_a_tied_model_has_no_head():
+  tied = names_and_shapes(make_config("three", L=9, tied=True))
+  assert tied == {name: shape for name, shape in PARAMETERS.items() if "head" not in name}
+
+
+@pytest.mark.parametrize(
+  "size, count", [("130m", 129_135_360), ("370m", 371_516_416), ("1b4", 1_372_178_432)]
+)
+def test_the_published_models_have_the_published_sizes(size, count):
+  assert lm.parameter_count(model_config(mamba_lm.get_config(size))) == count
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"pattern": ("mamba",), "mamba": {"implementation": "recurrent"}},
+    {"pattern": ("attention",), "attention": {"kv_heads": 2}},
+    {
+      "pattern": ("mamba", "sliding_attention"),
+      "mamba": {"implementation": "recurrent"},
+      "sliding_attention": {"window": 8},
+    },
+  ],
+)
+def test_flops_are_those_that_the_compiler_counts(options):
+  """Of one token, on a model whose layers are unrolled: XLA counts a loop's body once."""
+  config = lm.make_config(D=64, L=2, vocab_size=96, unroll=2, **options)
+  params = jax.eval_shape(functools.partial(lm.init, config), jax.random.key(0))
+  tokens = jax.ShapeDtypeStruct((1, 1), "int32")
+  logits = jax.jit(lambda params, tokens: lm.apply(config, params, tokens)[0])
+  counted = logits.lower(params, tokens).cost_analysis()["flops"]
+  assert lm.flops_per_token(config, 1) == pytest.approx(counted, rel=0.04)
+
+
+def test_flops_grow_with_context_only_up_to_the_window():
+  whole = lm.make_config(D=64, L=2, pattern=("attention",))
+  window = lm.make_config(
+    D=64, L=2, pattern=("sliding_attention",), sliding_attention={"window": 8}
+  )
+  flops = lambda config, T: lm.flops_per_token(config, T)
+  # Two blocks, two products of 2 * 64 operations for each token seen: (T + 1) / 2 on average.
+  assert flops(whole, 1001) - flops(whole, 1) == 2 * 4 * 64 * 500
+  assert flops(window, 10**6) - flops(window, 1) == pytest.approx(2 * 4 * 64 * 7, rel=1e-3)
+  # The first 7 of 16 tokens see fewer than 8.
+  seen = (sum(range(1, 8)) + 9 * 8) / 16
+  assert flops(window, 16) - flops(window, 1) == pytest.approx(2 * 4 * 64 * (seen - 1))
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    ({"width": 3}, "model.width is no field; there are "),
+    ({"pattern": ("lstm",)}, r"model.pattern is \('lstm',\), its names must be among "),
+    ({"pattern": ()}, r"model.pattern is \(\), its names must be among "),
+    ({"L": 3, "pattern": ("mamba", "attention")}, "model.L is 3, must be a multiple of "),
+    ({"L": 0}, "model.L is 0, must be at least 1"),
+    ({"D": 0}, "model.D is 0, must be at least 1"),
+    ({"vocab_size": -1}, "model.vocab_size is -1, must be at least 1"),
+    ({"unroll": 0}, "model.unroll is 0, must be at least 1"),
+    ({"remat": "some"}, r"model.remat is 'some', must be one of \['dots', 'full', 'none'\]"),
+    ({"dtype": "float"}, "model.dtype is 'float', must be one of "),
+    ({"mamba": {"K": 1}}, "model.mamba.K is no field; there are "),
+    ({"mamba": {"D": 3}}, "model.mamba.D is no field; there are "),
+    ({"mamba": {"N": 0}}, "model.mamba.N is 0, must be at least 1"),
+    ({"mamba": {"W": 0}}, "model.mamba.W is 0, must be at least 1"),
+    ({"mamba": {"dt_min": 0.0}}, "model.mamba.dt_min is 0.0, must be above 0"),
+    ({"mamba": {"dt_min": 1.0}}, "model.mamba.dt_min is 1.0, must be above 0 and at most dt_max"),
+    ({"mamba": {"implementation": "fast"}}, "model.mamba.implementation is 'fast', must be one of"),
+    (
+      {"pattern": ("attention",), "attention": {"H": 5}},
+      "model.attention.H is 5, must divide D = 256",
+    ),
+  ],
+)
+def test_a_wrong_field_is_one_line_that_names_it(fields, message):
+  with pytest.raises(ValueError, match=f"^{message}") as error:
+    lm.make_config(**fields)
+  assert "\n" not in str(error.value)
+
+
+def test_fields_reach_the_architectures():
+  config = lm.make_config(
+    D=64,
+    L=6,
+    dtype="bfloat16",
+    pattern=("mamba", "mamba", "sliding_attention"),
+    mamba={"N": 7},
+    attention={"H": 3},  # not in the pattern: not looked at
+  )
+  assert config.names == ("mamba", "sliding_attention") and config.repeats == 2
+  for mixer in config.mixers:
+    assert (mixer.D, mixer.L, mixer.dtype) == (64, 6, "bfloat16")
+  assert config.mixer("mamba").N == 7
+  assert config.mixer("sliding_attention").window == 256
