@@ -1,6 +1,8 @@
 """Eight CPU devices and checked shapes, before anything imports JAX or the packages tested."""
 
 import os
+import pathlib
+import shutil
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
@@ -8,6 +10,43 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
   if "host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 
+import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook(["ops", "lm_models"], "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def scratch(tmp_path_factory):
+  """A directory for what the processes of a session share."""
+  return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="session")
+def program(scratch):
+  """run.py as a user starts it."""
+  from tests.processes import Program
+
+  return Program(scratch)
+
+
+@pytest.fixture(scope="session")
+def references(scratch, program):
+  """Directories of runs of 200 steps that nothing interrupted, by data.mode."""
+  from tests.processes import LONG
+
+  made = {}
+
+  def get(mode):
+    if mode not in made:
+      made[mode] = scratch / f"reference-{mode}"
+      program.train(made[mode], data__mode=mode, **LONG)
+    return made[mode]
+
+  return get
+
+
+@pytest.fixture
+def packed(references, tmp_path):
+  """A copy of the packed run, to do anything to."""
+  return pathlib.Path(shutil.copytree(references("packed"), tmp_path / "packed"))
