@@ -216,7 +216,7 @@ def test_mlp_width(D, width):
   assert layers.gated_mlp_width(D) == width
 
 
-@pytest.mark.parametrize("chunk", [0, 1, 5, 12, 99])
+@pytest.mark.parametrize("chunk", [1, 5, 99])
 def test_cross_entropy_in_chunks_is_that_of_the_logits(chunk):
   """Values and gradients, and chunks that do not divide the length."""
   config, params = random_model("transformer", tied=chunk == 5, loss_chunk=chunk)
