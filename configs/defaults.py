@@ -21,6 +21,8 @@ def get_config(arg=None):
   data.train_split = "train"  # split to train on, in TFDS notation
   data.validation_split = "validation"  # split to validate on
   data.test_split = "test"  # split to test on
+  data.validation_fraction = 0.01  # share of a folder's documents that its validation split gets
+  data.test_fraction = 0.01  # share of a folder's documents that its test split gets
   data.cache_directory = "~/.cache/recurrax"  # where prepared data lie
   data.prefetch = 4  # batches made ahead
 

@@ -14,19 +14,30 @@ from experiments.errors import UserError
 
 _MODES = {"packed": PackedBatches, "streaming": StreamingBatches}
 
+# What batch n depends on besides n, as a user knows it.
+_ORDER = {
+  "seed": "train.seed",
+  "T": "data.T",
+  "batch_size": "train.batch_size",
+  "mode": "data.mode",
+  "tokens": "the number of tokens to train on",
+  "crc": "the CRC-32 of the tokens to train on",
+}
+
 
 class TrainBatches:
   """An endless iterator over batches, prepared ahead of time by threads.
 
-  Batch n is a pure function of the config, the seed and n, so the state is n alone: the same in
-  every process, and valid for any number of processes.
+  Batch n is a pure function of the order and n, so these are the state: the same in every process,
+  and valid for any number of processes.
 
   Attributes:
     tokenizer: what encoded the text.
     tokens_per_byte: bits_per_byte = nats_per_token * tokens_per_byte / ln 2.
   """
 
-  def __init__(self, batches, tokenizer, tokens_per_byte: float, prefetch: int):
+  def __init__(self, batches, order: dict, tokenizer, tokens_per_byte: float, prefetch: int):
+    self._order = order
     self.tokenizer = tokenizer
     self.tokens_per_byte = tokens_per_byte
     options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
@@ -40,11 +51,27 @@ class TrainBatches:
     return next(self._iterator)
 
   def get_state(self) -> dict:
-    """Returns the number of the batch that comes next, JSON-able."""
-    return {"next_batch": self._iterator.get_state()["next_index"]}
+    """Returns the number of the batch that comes next and what else it depends on, JSON-able."""
+    return {"next_batch": self._iterator.get_state()["next_index"], "order": dict(self._order)}
 
   def set_state(self, state: dict) -> None:
-    """Goes on, or back, to the batch that `state` says."""
+    """Goes on, or back, to the batch that `state` says.
+
+    Raises:
+      UserError: the state is of batches in another order.
+    """
+    # States once were without an order: they are trusted.
+    saved = {**self._order, **state.get("order", {})}
+    differences = [
+      f"{_ORDER[name]} is {here!r} here, {saved[name]!r} in the checkpoint"
+      for name, here in self._order.items()
+      if saved[name] != here
+    ]
+    if differences:
+      raise UserError(
+        f"{'; '.join(differences)}: the data would not go on where they stopped; "
+        "give the same, or another --workdir"
+      )
     self._iterator.set_state({"next_index": int(state["next_batch"])})
 
 
@@ -66,7 +93,7 @@ def train_batches(
   Each batch is a dict of int32 arrays [B T]: inputs, targets, segment_ids (0, 1, ... along a row,
   -1 at padding, whose targets must not be counted), positions (index of the input in its
   document, whose boundary token has 0). In mode "streaming" also `continues`, bool [B]: the row's
-  first token belongs to the document of its last token in the batch before.
+  first token belongs to the document, or the piece of one, of its last token in the batch before.
 
   Args:
     data_config: the group `data`.
@@ -86,8 +113,17 @@ def train_batches(
     raise UserError(f"data.prefetch={data_config.prefetch} batches: at least 0 is needed")
   rows = _rows(batch_size, process_index, process_count)
   encoder, store = _store(data_config, data_config.train_split)
-  batches = _MODES[data_config.mode](store, batch_size, data_config.T, seed, rows)
-  return TrainBatches(batches, encoder, store.tokens_per_byte, data_config.prefetch)
+  T, mode = data_config.T, data_config.mode
+  order = {
+    "seed": seed,
+    "T": T,
+    "batch_size": batch_size,
+    "mode": mode,
+    "tokens": len(store.tokens),
+    "crc": store.crc32,
+  }
+  batches = _MODES[mode](store, batch_size, T, seed, rows)
+  return TrainBatches(batches, order, encoder, store.tokens_per_byte, data_config.prefetch)
 
 
 def evaluation_batches(

@@ -118,8 +118,8 @@ def builder(data_config, data_dir: Path) -> TextFolder:
   return TextFolder(
     folder=data_config.directory,
     key=data_config.text_feature,
-    validation_fraction=data_config.get("validation_fraction", 0.01),
-    test_fraction=data_config.get("test_fraction", 0.01),
+    validation_fraction=data_config.validation_fraction,
+    test_fraction=data_config.test_fraction,
     data_dir=data_dir,
     file_format="array_record",
   )

@@ -35,12 +35,14 @@ class TokenStore:
     starts: index in the stream of every document's boundary and of the closing one [documents + 1].
     text_bytes: length of all documents' text in UTF-8.
     boundary: the id that starts a document.
+    crc32: CRC-32 of the stream's bytes.
   """
 
   tokens: np.ndarray
   starts: np.ndarray
   text_bytes: int
   boundary: int
+  crc32: int
 
   @property
   def documents(self) -> int:
@@ -136,12 +138,10 @@ def _read(directory: Path, key: dict, tokenizer) -> TokenStore | None:
       len(values) == index["length"][name] and _crc32(values) == index["crc32"][name]
       for name, values in arrays.items()
     )
-    text_bytes = index["text_bytes"]
+    facts = {"text_bytes": index["text_bytes"], "crc32": index["crc32"]["tokens"]}
   except (OSError, ValueError, KeyError, TypeError):
     return None
-  return (
-    TokenStore(**arrays, text_bytes=text_bytes, boundary=tokenizer.boundary) if intact else None
-  )
+  return TokenStore(**arrays, **facts, boundary=tokenizer.boundary) if intact else None
 
 
 def _crc32(values: np.ndarray) -> int:

@@ -1,9 +1,11 @@
 """Small stores made in memory, and a config whose caches are the test's own."""
 
-import ml_collections
+import zlib
+
 import numpy as np
 import pytest
 
+from configs import defaults
 from experiments.data.token_store import TokenStore
 
 BOUNDARY = 256
@@ -19,9 +21,9 @@ def make_store():
       starts.append(len(stream))
       stream += [BOUNDARY, *text]
     starts.append(len(stream))
-    return TokenStore(
-      np.array([*stream, BOUNDARY], np.uint16), np.array(starts), sum(map(len, texts)), BOUNDARY
-    )
+    tokens = np.array([*stream, BOUNDARY], np.uint16)
+    crc32 = zlib.crc32(tokens.tobytes())
+    return TokenStore(tokens, np.array(starts), sum(map(len, texts)), BOUNDARY, crc32)
 
   return make
 
@@ -36,25 +38,15 @@ def texts() -> list[bytes]:
 
 @pytest.fixture
 def make_config(tmp_path_factory):
-  """Returns fields -> the group `data`, with a cache shared by the tests of one session."""
+  """Returns fields -> the group `data`, with a cache shared by the tests of one session.
+
+  The fields are those of the program's own defaults: none may be needed that is not among them.
+  """
   cache_directory = tmp_path_factory.getbasetemp() / "cache"
 
   def make(**fields):
-    config = ml_collections.ConfigDict(
-      {
-        "name": "austen/chapters",
-        "directory": "",
-        "text_feature": "text",
-        "tokenizer": "bytes",
-        "mode": "packed",
-        "T": 32,
-        "train_split": "train",
-        "validation_split": "validation",
-        "test_split": "test",
-        "cache_directory": str(cache_directory),
-        "prefetch": 2,
-      }
-    )
+    config = defaults.get_config().data.lock()
+    fields = {"T": 32, "prefetch": 2, "cache_directory": cache_directory, **fields}
     config.update(
       {name: str(value) if "directory" in name else value for name, value in fields.items()}
     )

@@ -71,6 +71,78 @@ def test_processes_share_one_global_batch(make_config, mode, process_count):
     assert all(part.get_state() == whole.get_state() for part in parts)
 
 
+ORDER = {"seed": 7, "T": 32, "batch_size": 4, "mode": "packed"}
+
+
+@pytest.fixture
+def make_batches(make_config):
+  """Returns changes of ORDER and fields -> TrainBatches."""
+
+  def make(config_fields=(), **changes):
+    order = {**ORDER, **changes}
+    config = make_config(T=order["T"], mode=order["mode"], **dict(config_fields))
+    return pipeline.train_batches(config, batch_size=order["batch_size"], seed=order["seed"])
+
+  return make
+
+
+def test_the_state_tells_the_order(make_batches):
+  batches = make_batches()
+  next(batches)
+  state = batches.get_state()
+  assert state["next_batch"] == 1
+  assert {name: state["order"][name] for name in ORDER} == ORDER
+  assert state["order"]["tokens"] == 2_873_403 + 184 + 1
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"batch_size": 8}, "train.batch_size is 8 here, 4 in the checkpoint"),
+    ({"T": 16}, "data.T is 16 here, 32 in the checkpoint"),
+    ({"seed": 8}, "train.seed is 8 here, 7 in the checkpoint"),
+    ({"mode": "streaming"}, "data.mode is 'streaming' here, 'packed' in the checkpoint"),
+    (
+      {"batch_size": 8, "seed": 8},
+      "train.seed is 8 here, 7 in the checkpoint; train.batch_size is 8 here, 4 in the checkpoint",
+    ),
+  ],
+)
+def test_another_order_is_refused(make_batches, changes, message):
+  state = json.loads(json.dumps(make_batches().get_state()))
+  batches = make_batches(**changes)
+  expected = [next(batches) for _ in range(2)]
+  batches = make_batches(**changes)
+  assert_equal(next(batches), expected[0])
+  with pytest.raises(UserError) as caught:
+    batches.set_state({**state, "next_batch": 9})
+  assert str(caught.value) == (
+    f"{message}: the data would not go on where they stopped; give the same, or another --workdir"
+  )
+  # The batches are still where they were.
+  assert_equal(next(batches), expected[1])
+
+
+def test_another_text_is_refused(make_batches, folder):
+  def make(text):
+    return make_batches({"name": "folder", "directory": folder({"a.txt": text})})
+
+  state = make("a text\n" * 40).get_state()
+  make("a text\n" * 40).set_state(state)
+  with pytest.raises(UserError, match=r"^the number of tokens to train on is \d+ here, \d+ in the"):
+    make("a text\n" * 50).set_state(state)
+  with pytest.raises(UserError, match=r"^the CRC-32 of the tokens to train on is \d+ here, \d+ in"):
+    make("A text\n" * 40).set_state(state)
+
+
+def test_a_state_without_an_order_is_read(make_batches):
+  batches, fresh = make_batches(), make_batches()
+  batches.set_state({"next_batch": 5})
+  fresh.set_state({**fresh.get_state(), "next_batch": 5})
+  assert_equal(next(batches), next(fresh))
+  assert batches.get_state() == fresh.get_state()
+
+
 @pytest.mark.parametrize("process_count", [1, 2])
 def test_evaluation_covers_a_split(make_config, process_count):
   counted = 0

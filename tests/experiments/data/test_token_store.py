@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ def test_the_stream_is_as_promised(tmp_path):
   assert [store.tokens[i] for i in store.starts] == [256] * 5
   assert store.documents == 4 and store.text_bytes == sum(map(len, TEXTS))
   assert store.tokens_per_byte == (store.text_bytes + 4) / store.text_bytes
+  assert store.crc32 == zlib.crc32(np.array([*expected, 256], np.uint16).tobytes())
   assert isinstance(store.tokens, np.memmap)
 
 
