@@ -7,6 +7,7 @@ batch n + 1, row by row, unless `continues` is False there.
 import bisect
 import functools
 import heapq
+import itertools
 import threading
 from collections.abc import Iterator
 
@@ -25,8 +26,12 @@ class StreamingBatches:
   Documents are dealt to the rows like cards: place j of the endless sequence of shuffled epochs
   goes to row j mod batch_size, so each epoch holds every document once over all rows. A row with
   shorter documents runs ahead of the others. Rows may drift apart like this because to balance
-  them would mean to cut documents, to pad, or to fix which documents share a row. With fewer
-  documents than rows, several rows read the same document in step.
+  them would mean to cut documents, to pad, or to fix which documents share a row.
+
+  Only a split with fewer documents than rows is cut, for else several rows would read the same
+  document in step: see `_cuts`. Its pieces are dealt instead of documents, and each begins
+  like a document, with a segment id of its own and `continues` False, but at its position in the
+  document that it is part of.
 
   Args:
     store: the split.
@@ -41,7 +46,9 @@ class StreamingBatches:
   ):
     self._store, self._batch_size, self._T = store, batch_size, T
     self._rows = range(batch_size)[rows]
-    self._order = ShuffledEpochs(store.documents, seed)
+    self._cuts = _cuts(store.starts, batch_size)
+    self._starts = np.union1d(store.starts, self._cuts) if len(self._cuts) else store.starts
+    self._order = ShuffledEpochs(len(self._starts) - 1, seed)
     # A hand is _ROUNDS rounds of the deal; _hand_begins[h][r] is where hand h begins in row r.
     self._hand_begins = [np.zeros(batch_size, np.int64)]
     self._lock = threading.Lock()
@@ -54,35 +61,35 @@ class StreamingBatches:
         self._hand_begins.append(
           self._hand_begins[-1] + self._hand(len(self._hand_begins) - 1)[1][-1]
         )
-    return _with_continues(
-      make_batch(self._store, np.stack([self._places(row, end - self._T) for row in self._rows]))
-    )
+    places = np.stack([self._places(row, end - self._T) for row in self._rows])
+    return _make_batch(self._store, places, self._cuts)
 
   def _places(self, row: int, begin: int) -> np.ndarray:
     parts, missing = [], self._T
     hand = bisect.bisect_right(self._hand_begins, begin, key=lambda begins: begins[row]) - 1
     while missing:
-      documents, ends = self._hand(hand)
+      pieces, ends = self._hand(hand)
       places = _read_on(
-        self._store, documents[:, row], ends[:, row], begin - self._hand_begins[hand][row], missing
+        self._starts, pieces[:, row], ends[:, row], begin - self._hand_begins[hand][row], missing
       )
       parts.append(places)
       begin, missing, hand = begin + len(places), missing - len(places), hand + 1
     return np.concatenate(parts)
 
   def _hand(self, hand: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the documents [_ROUNDS B] of a hand and the sums of their lengths down each row."""
+    """Returns the pieces [_ROUNDS B] of a hand and the sums of their lengths down each row."""
     size = _ROUNDS * self._batch_size
-    documents = self._order[hand * size : (hand + 1) * size].reshape(_ROUNDS, -1)
-    lengths = self._store.starts[documents + 1] - self._store.starts[documents]
-    return documents, np.cumsum(lengths, axis=0)
+    pieces = self._order[hand * size : (hand + 1) * size].reshape(_ROUNDS, -1)
+    lengths = self._starts[pieces + 1] - self._starts[pieces]
+    return pieces, np.cumsum(lengths, axis=0)
 
 
 class EvaluationBatches:
   """One exact pass over a split in the streaming layout: `len`, `batches[n]`, or iterate.
 
   Every target of every document comes exactly once. Documents go, longest first, to the row with
-  the least to read; a row with nothing left is padded.
+  the least to read; a row with nothing left is padded. Documents are never cut: each is read from
+  its start with state.
 
   Args:
     store: the split.
@@ -129,9 +136,9 @@ class EvaluationBatches:
       raise IndexError(f"n={n}: there are {len(self)} batches")
     places = np.full((len(self._documents), self._T), -1, np.int64)
     for row, (documents, ends) in enumerate(zip(self._documents, self._ends)):
-      found = _read_on(self._store, documents, ends, n * self._T, self._T)
+      found = _read_on(self._store.starts, documents, ends, n * self._T, self._T)
       places[row, : len(found)] = found
-    return _with_continues(make_batch(self._store, places))
+    return _make_batch(self._store, places)
 
 
 def evaluation_batches(
@@ -145,19 +152,40 @@ def evaluation_batches(
   return EvaluationBatches(store, batch_size, T, max_tokens, rows)
 
 
-def _read_on(
-  store: TokenStore, documents: np.ndarray, ends: np.ndarray, begin: int, count: int
-) -> np.ndarray:
-  """Returns where in the stream tokens begin to begin + count of the joined documents are.
+def _cuts(starts: np.ndarray, batch_size: int) -> np.ndarray:
+  """Returns where in the stream documents are to be cut; nowhere if they are enough for the rows.
 
-  Fewer than count where the documents end before. `ends` are the sums of the documents' lengths.
+  If not, a document of n of all N tokens is cut into ceil(n batch_size / N) pieces, equally long to
+  a token. None is longer than N / batch_size, rounded up, and together they are at least batch_size
+  (with fewer tokens than rows, each token is a piece, and named more than once here).
+  """
+  if len(starts) > batch_size:
+    return np.zeros(0, np.int64)
+  cuts = []
+  for start, end in itertools.pairwise(starts.tolist()):
+    pieces = -(-(end - start) * batch_size // int(starts[-1]))
+    cuts.append(start + (end - start) * np.arange(1, pieces) // pieces)
+  return np.concatenate(cuts)
+
+
+def _read_on(
+  starts: np.ndarray, pieces: np.ndarray, ends: np.ndarray, begin: int, count: int
+) -> np.ndarray:
+  """Returns where in the stream tokens begin to begin + count of the joined pieces are.
+
+  Fewer than count where the pieces end before. Piece i is stream[starts[i] : starts[i + 1]], and
+  `ends` are the sums of the pieces' lengths.
   """
   total = ends[-1] if len(ends) else 0
   reading = np.arange(begin, max(begin, min(begin + count, total)))
   which = np.searchsorted(ends, reading, side="right")
   first = np.concatenate([[0], ends[:-1]])[which]
-  return store.starts[documents[which]] + reading - first
+  return starts[pieces[which]] + reading - first
 
 
-def _with_continues(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  return {**batch, "continues": batch["positions"][:, 0] > 0}
+def _make_batch(
+  store: TokenStore, places: np.ndarray, cuts: np.ndarray | tuple = ()
+) -> dict[str, np.ndarray]:
+  batch = make_batch(store, places, cuts)
+  continues = (batch["positions"][:, 0] > 0) & ~np.isin(places[:, 0], cuts)
+  return {**batch, "continues": continues}

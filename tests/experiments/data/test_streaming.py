@@ -6,6 +6,7 @@ import pytest
 
 from experiments.data import streaming
 from experiments.data.streaming import StreamingBatches, evaluation_batches
+from experiments.data.token_store import TokenStore
 
 
 def read_rows(batches) -> list[list[tuple]]:
@@ -66,7 +67,7 @@ def test_rows_run_on_without_a_gap(make_store, texts, T):
     assert set(documents_of(row)) <= set(texts)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 20])
+@pytest.mark.parametrize("batch_size", [1, 3, 15])
 def test_every_document_once_per_epoch(make_store, texts, batch_size, monkeypatch):
   monkeypatch.setattr(streaming, "_ROUNDS", 3)  # many hands in a short test
   batches = StreamingBatches(make_store(texts), batch_size, 16, seed=5)
@@ -81,11 +82,100 @@ def test_every_document_once_per_epoch(make_store, texts, batch_size, monkeypatc
   assert len({tuple(epoch) for epoch in epochs}) > 1
 
 
-def test_seed_and_number_decide_alone(make_store, texts, monkeypatch):
+def numbered_store(lengths: list[int]) -> TokenStore:
+  """Documents of so many tokens after the boundary; token i of the stream is 1000 + i."""
+  starts = np.cumsum([0, *(length + 1 for length in lengths)])
+  tokens = 1000 + np.arange(starts[-1] + 1, dtype=np.uint16)
+  tokens[starts] = 256
+  return TokenStore(tokens, starts, sum(lengths), 256, 0)
+
+
+def segments_of(batches) -> list[list[list[int]]]:
+  """Returns per row the places in a numbered stream of each segment, after the promised checks.
+
+  A segment goes on in the next batch if `continues` says so; the last one may be unfinished.
+  """
+  rows = None
+  for batch in batches:
+    rows = rows or [[] for _ in batch["inputs"]]
+    places = batch["targets"] - 1001
+    places = np.where(batch["targets"] == 256, batch["inputs"] - 1000, places)
+    expected = np.where(batch["positions"] == 0, 256, 1000 + places)
+    assert np.array_equal(batch["inputs"], expected)
+    for row, ids, continues, found, positions in zip(
+      rows, batch["segment_ids"], batch["continues"], places.tolist(), batch["positions"]
+    ):
+      assert ids[0] == 0 and set(np.diff(ids)) <= {0, 1}
+      for new, place, position in zip(
+        [not continues, *np.diff(ids)], found, positions.tolist(), strict=True
+      ):
+        if new:
+          row.append([])
+        row[-1].append((place, position))
+  return rows
+
+
+@pytest.mark.parametrize("T", [1, 16, 150])
+@pytest.mark.parametrize(
+  "lengths, batch_size", [([400], 2), ([400], 7), ([90, 3, 200], 4), ([1, 1, 300], 20), ([5], 11)]
+)
+def test_too_few_documents_are_cut_and_their_pieces_dealt(lengths, batch_size, T, monkeypatch):
+  monkeypatch.setattr(streaming, "_ROUNDS", 3)
+  store = numbered_store(lengths)
+  targets = len(store.tokens) - 1
+  longest = -(-targets // batch_size)
+  batches = StreamingBatches(store, batch_size, T, seed=2)
+  rows = segments_of(batches[n] for n in range(12 * longest // T + 2))
+
+  again = 0
+  for row in rows:
+    for segment in row:
+      begin, position = segment[0]
+      # In one document, without a gap, at the positions that its tokens have there.
+      assert segment == [(begin + i, position + i) for i in range(len(segment))]
+      assert begin - position in store.starts and len(segment) <= longest
+      assert not set(store.starts) & {place for place, _ in segment[1:]}
+    again += sum(a[-1][0] + 1 == b[0][0] and b[0][1] > 0 for a, b in itertools.pairwise(row[:-1]))
+  # A piece that follows the one before it in its document begins anew all the same.
+  assert again or lengths != [400]
+
+  dealt = [row[k] for k in range(min(map(len, rows)) - 1) for row in rows]
+  epochs, left = 0, list(dealt)
+  while left:
+    epoch = []
+    while left and sum(map(len, epoch)) < targets:
+      epoch.append(left.pop(0))
+    places = sorted(place for segment in epoch for place, _ in segment)
+    if left:
+      assert places == list(range(targets))
+      assert len(epoch) >= min(batch_size, targets)
+      epochs += 1
+  assert epochs > 5
+  # No two rows read the same at the same time, as far as the first round goes.
+  assert len({segment[0][0] for segment in dealt[:batch_size]}) == min(batch_size, targets)
+
+
+@pytest.mark.parametrize("documents, is_cut", [(5, True), (6, False), (7, False)])
+def test_documents_are_cut_only_where_rows_outnumber_them(documents, is_cut):
+  store = numbered_store([*[2] * (documents - 1), 300])
+  rows = segments_of(StreamingBatches(store, 6, 10, seed=0)[n] for n in range(100))
+  longest = max(len(segment) for row in rows for segment in row)
+  assert longest == 301 or (is_cut and longest < 60)
+  evaluated = [batch for batch in evaluation_batches(store, 6, 10)]
+  assert (
+    sum((~batch["continues"] & (batch["positions"][:, 0] > 0)).sum() for batch in evaluated) == 0
+  )
+  assert max(batch["positions"].max() for batch in evaluated) == 300
+
+
+@pytest.mark.parametrize("batch_size", [4, 40])
+def test_seed_and_number_decide_alone(make_store, texts, monkeypatch, batch_size):
   monkeypatch.setattr(streaming, "_ROUNDS", 3)
   store = make_store(texts)
-  make = lambda seed, rows=slice(None): StreamingBatches(store, 4, 8, seed, rows)
-  forwards, backwards, parts = make(0), make(0), [make(0, slice(i, i + 2)) for i in (0, 2)]
+  make = lambda seed, rows=slice(None): StreamingBatches(store, batch_size, 8, seed, rows)
+  half = batch_size // 2
+  forwards, backwards = make(0), make(0)
+  parts = [make(0, slice(half)), make(0, slice(half, batch_size))]
   expected = [forwards[n] for n in range(200)]
   for n in reversed(range(200)):
     for name, values in backwards[n].items():
