@@ -94,9 +94,11 @@ class Metrics:
 
   def close(self) -> None:
     """Closes the files; nothing can be written afterwards."""
-    if self._file is not None:
-      self._file.close()
-    self._close_events()
+    try:
+      if self._file is not None:
+        self._file.close()
+    finally:
+      self._close_events()
 
   def _rewrite(self, keep: collections.abc.Callable[[dict], bool]) -> None:
     """Leaves the kept lines, in one step, and goes on behind them."""
@@ -116,24 +118,31 @@ class Metrics:
 
   def _to_tensorboard(self, row: Mapping[str, Any]) -> None:
     if self._events is None:
-      import tensorboardX
+      from tensorboardX.event_file_writer import EventsWriter
 
-      # Readers drop what earlier files hold from purge_step on. File names count seconds: without a
-      # suffix, two sessions within one second would write to the same file.
-      self._events = tensorboardX.SummaryWriter(
-        str(self.path.parent),
-        purge_step=self._purge_step,
-        flush_secs=10,
-        filename_suffix=f".{time.time_ns()}",
-      )
-    for key, value in row.items():
-      if key != "step" and isinstance(value, int | float):
-        self._events.add_scalar(key, value, row["step"])
+      # Not SummaryWriter: its thread dies of a full disk, and the program then waits for it for ever.
+      # File names count seconds: without a suffix, two sessions within one second would share one.
+      self._events = EventsWriter(str(self.path.parent / "events"), f".{time.time_ns()}")
+      if self._purge_step is not None:
+        # Readers drop what earlier files hold from this step on.
+        self._write_event(self._purge_step, session_log={"status": "START"})
+    scalars = [
+      {"tag": key, "simple_value": value}
+      for key, value in row.items()
+      if key != "step" and isinstance(value, int | float)
+    ]
+    self._write_event(row["step"], summary={"value": scalars})
+    self._events.flush()
+
+  def _write_event(self, step: int, **content: Any) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
+    self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
   def _close_events(self) -> None:
-    if self._events is not None:
-      self._events.close()
-      self._events = None
+    events, self._events = self._events, None
+    if events is not None:
+      events.close()
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
