@@ -50,13 +50,12 @@ class Restored:
   Attributes:
     step: Its step.
     state: The train state, with the shardings that were asked for.
-    data_state: What this process saved of its data pipeline; None where the number of processes has
-      changed since, for then no process has a state of its own.
+    data_state: What process 0 saved of the data pipeline.
   """
 
   step: int
   state: Any
-  data_state: dict[str, Any] | None
+  data_state: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +144,8 @@ class Checkpoints:
     Args:
       step: Optimizer steps done.
       state: A tree of arrays. It may be donated as soon as this returns.
-      data_state: What the data pipeline of this process needs to go on, of JSON's types.
+      data_state: What the data pipeline needs to go on, of JSON's types: the same on every process,
+        whatever their number. That of process 0 is kept.
       metrics: Measured at this step; `best_metric` among them lets the checkpoint compete.
       wait: Return when the files are written.
 
@@ -163,7 +163,8 @@ class Checkpoints:
           _describe(state).items(), checksums(state).values(), strict=True
         )
       },
-      "data": _from_all_processes(data_state),
+      # A list because checkpoints once held the state of each process.
+      "data": [data_state],
       "metrics": {key: float(value) for key, value in (metrics or {}).items()},
       "saved": time.time(),
       "began": self._began,
@@ -321,9 +322,7 @@ class Checkpoints:
     for name, checksum in checksums(state).items():
       if checksum != record["arrays"][name]["checksum"]:
         return f"the checksum of {name} is wrong"
-    data = record["data"]
-    same_processes = len(data) == jax.process_count()
-    return Restored(step, state, data[jax.process_index()] if same_processes else None)
+    return Restored(step, state, record["data"][0])
 
   def _set_aside(self, steps: Sequence[int]) -> None:
     if not steps or self._read_only:
@@ -400,16 +399,6 @@ def _placed(abstract_state: Any) -> Any:
 def _sealed(record: dict) -> dict:
   text = json.dumps(record, sort_keys=True)
   return {"record": json.loads(text), "crc32": zlib.crc32(text.encode())}
-
-
-def _from_all_processes(data_state: dict) -> list[dict]:
-  """The data states of all processes, in their order, known to each of them."""
-  text = np.frombuffer(json.dumps(data_state).encode(), np.uint8)
-  if jax.process_count() == 1:
-    return [json.loads(text.tobytes())]
-  sizes = multihost_utils.process_allgather(np.int32(text.size))
-  rows = multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - text.size)))
-  return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
 
 
 def _agreed(mine: bool) -> bool:

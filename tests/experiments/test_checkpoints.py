@@ -4,6 +4,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -113,6 +114,51 @@ def test_restores_an_older_step_and_onto_another_mesh(saved):
   assert restored.step == 1 and restored.data_state == {"position": 1}
   assert_same(restored.state, state)
   assert restored.state["params"]["kernel"].sharding == flat
+
+
+TWO = """
+import sys, jax, jax.numpy as jnp
+index, port, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{port}", 2, index)
+from jax.sharding import NamedSharding, PartitionSpec
+from experiments.checkpoints import Checkpoints
+sharding = NamedSharding(jax.make_mesh((2,), ("data",)), PartitionSpec("data"))
+x = jax.jit(lambda: jnp.arange(8.0), out_shardings=sharding)()
+saver = Checkpoints(directory, keep_last=2, keep_best=0, keep_every_hours=0)
+saver.save(1, {"x": x}, {"said by": index}, wait=True)
+wanted = {"x": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding)}
+print(saver.restore(wanted).data_state["said by"])
+saver.close()
+"""
+
+
+def test_the_data_state_of_process_0_serves_any_number_of_processes(tmp_path):
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  processes = [run(TWO, index, port, tmp_path) for index in range(2)]
+  try:
+    outcomes = [process.communicate(timeout=120) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  assert [out.splitlines()[-1:] for out, _ in outcomes] == [["0"]] * 2, outcomes
+  restored = make(tmp_path).restore({"x": jax.ShapeDtypeStruct((8,), jnp.float32)})
+  assert restored.data_state == {"said by": 0}
+  np.testing.assert_array_equal(restored.state["x"], np.arange(8.0))
+
+
+def test_a_checkpoint_with_a_data_state_per_process_is_read(tmp_path, monkeypatch):
+  sealed = checkpoints._sealed
+  states = {"data": [{"position": 3}, {"position": 4}]}
+  monkeypatch.setattr(checkpoints, "_sealed", lambda record: sealed({**record, **states}))
+  saver = make(tmp_path)
+  saver.save(1, {"x": jnp.ones(3)}, {}, wait=True)
+  monkeypatch.undo()
+  restored = saver.restore({"x": jax.ShapeDtypeStruct((3,), jnp.float32)})
+  assert restored.data_state == {"position": 3}
+  saver.close()
 
 
 def test_there_may_be_nothing_to_restore(tmp_path, saved):
