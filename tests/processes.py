@@ -16,7 +16,7 @@ from experiments import configuration, metrics, sharding, train_step
 from experiments.checkpoints import Checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
-SECONDS = 300  # longer than any of these processes takes
+SECONDS = 120  # longer than any of these processes takes
 
 STEPS = 200
 LONG = {
