@@ -120,7 +120,7 @@ class Metrics:
     if self._events is None:
       from tensorboardX.event_file_writer import EventsWriter
 
-      # Not SummaryWriter: its thread dies of a full disk, and the program then waits for it for ever.
+      # Not SummaryWriter: its thread dies of a full disk, and the program then waits for ever.
       # File names count seconds: without a suffix, two sessions within one second would share one.
       self._events = EventsWriter(str(self.path.parent / "events"), f".{time.time_ns()}")
       if self._purge_step is not None:
