@@ -72,7 +72,7 @@ def causal_conv(
 
 
 def causal_conv_step(
-  state: Float[Array, "B W-1 D"],
+  state: Float[Array, "B _ D"],
   x: Float[Array, "B D"],
   weight: Float[Array, "W D"],
   bias: Float[Array, " D"] | None = None,

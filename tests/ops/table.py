@@ -1,0 +1,128 @@
+"""The table of ops. A new op gets every law of `test_laws.py` by adding a row here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+import ops
+from ops import reference
+
+# Decay rates per token (nats), one per channel: from no decay at all to all gone in one token.
+RATES = np.array([0.0, 1e-3, 0.05, 1.0, 20.0, 50.0])
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+  name: str
+  op: Callable
+  step: Callable  # step(state, one token's inputs, the other inputs) -> o, state
+  oracle: Callable
+  implementations: tuple[str, ...]
+  shapes: dict[str, str]  # argument -> letters; a letter T marks what has a time axis
+  sizes: dict[str, int]
+  draw: dict[str, Callable] = field(default_factory=dict)  # argument -> draw(rng, shape)
+  chunked: bool = True  # takes chunk_size
+  is_complex: bool = False
+
+  def inputs(self, B: int, T: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Every array argument in float64 or complex128, `initial_state` included."""
+    rng = np.random.default_rng(seed)
+    normal = lambda rng, shape: rng.normal(size=shape)
+    sizes = {**self.sizes, "B": B, "T": T}
+    return {
+      name: self.draw.get(name, normal)(rng, tuple(sizes[letter] for letter in letters.split()))
+      for name, letters in self.shapes.items()
+    }
+
+  def short_chunks(self, implementation: str) -> dict:
+    """Options for laws in which several chunks matter, not their size: short ones compile fast."""
+    chunked = self.chunked and implementation == "chunked"
+    return {"implementation": implementation, **({"chunk_size": 4} if chunked else {})}
+
+  def tokens(self) -> list[str]:
+    return [name for name, letters in self.shapes.items() if "T" in letters.split()]
+
+
+def _decays(rng, shape):
+  return np.exp(-RATES * rng.uniform(0.5, 1.5, size=shape))
+
+
+def _rotations(rng, shape):
+  return _decays(rng, shape) * np.exp(1j * rng.uniform(-3.0, 3.0, size=shape))
+
+
+def _complex_normal(rng, shape):
+  return rng.normal(size=shape) + 1j * rng.normal(size=shape)
+
+
+def _selective_step(state, token, others):
+  skip = {name: others[name] for name in ("A", "D")}
+  return ops.selective_scan_step(state, **token, **skip)
+
+
+_scan = dict(
+  op=ops.linear_scan,
+  step=lambda state, token, others: ops.linear_scan_step(state, **token),
+  oracle=reference.linear_scan,
+  implementations=("recurrent", "parallel", "chunked"),
+  shapes={"a": "B T D", "b": "B T D", "initial_state": "B D"},
+  sizes={"D": 6},
+)
+
+ROWS = [
+  Row("linear_scan", draw={"a": _decays}, **_scan),
+  Row(
+    "linear_scan_complex",
+    draw={"a": _rotations, "b": _complex_normal, "initial_state": _complex_normal},
+    is_complex=True,
+    **_scan,
+  ),
+  Row(
+    "selective_scan",
+    op=ops.selective_scan,
+    step=_selective_step,
+    oracle=reference.selective_scan,
+    implementations=("recurrent", "parallel", "chunked"),
+    shapes={
+      "x": "B T D",
+      "dt": "B T D",
+      "A": "D N",
+      "B": "B T N",
+      "C": "B T N",
+      "D": "D",
+      "initial_state": "B D N",
+    },
+    sizes={"D": 4, "N": 6},
+    draw={
+      "dt": lambda rng, shape: rng.uniform(0.5, 1.5, size=shape),
+      "A": lambda rng, shape: -RATES * rng.uniform(0.9, 1.1, size=shape),
+    },
+  ),
+  Row(
+    "causal_conv",
+    op=ops.causal_conv,
+    step=lambda state, token, others: ops.causal_conv_step(
+      state, token["x"], others["weight"], others["bias"]
+    ),
+    oracle=reference.causal_conv,
+    implementations=("recurrent", "parallel"),
+    shapes={"x": "B T D", "weight": "W D", "bias": "D", "initial_state": "B S D"},
+    sizes={"D": 6, "W": 4, "S": 3},
+    chunked=False,
+  ),
+]
+
+
+def cases(*, chunked_only: bool = False) -> list[tuple[Row, str]]:
+  """Every row with each of its implementations."""
+  return [
+    (row, implementation)
+    for row in ROWS
+    for implementation in row.implementations
+    if not chunked_only or (row.chunked and implementation == "chunked")
+  ]
+
+
+def case_name(value) -> str | None:
+  return value.name if isinstance(value, Row) else None
