@@ -167,7 +167,9 @@ def _chunked(a, b, state, start, chunk_size):
 def _preference(a, **arguments):
   if a.shape[1] == 1 or dispatch.platform() == "cpu":
     return ["recurrent", "chunked", "parallel"]
-  return ["chunked", "parallel", "recurrent"]
+  if dispatch.platform() == "tpu":  # where XLA's associative scan moves its array tens of times
+    return ["chunked", "parallel", "recurrent"]
+  return ["parallel", "chunked", "recurrent"]
 
 
 dispatch.declare(
