@@ -208,7 +208,7 @@ class LanguageModel(nn.Module):
   def logits(self, x):
     """Logits, float32, of features [B T D]."""
     kernel = (self.embedding.T if self.config.tied else self.head).astype(x.dtype)
-    logits = jnp.einsum("btd,dv->btv", x, kernel, preferred_element_type=jnp.float32)
+    logits = layers.product(x, kernel, dtype=jnp.float32)
     return layers.constrain(logits, ("data", "fsdp"), "seq", "tensor")
 
   def nats(self, tokens, targets, state, segment_ids):
