@@ -178,6 +178,7 @@ def _tiny(config):
   config.model.L = len(config.model.pattern)
   config.model.vocab_size = 264
   config.model.remat = "none"
+  config.model.unroll = 1
   config.model.dtype = "float32"
   config.model.mamba.N = 4
   for attention in (config.model.attention, config.model.sliding_attention):
