@@ -1,14 +1,15 @@
-"""How fast each implementation of each op is on the device at hand, beside the floor that memory sets.
+"""How fast each implementation of each op is on this device, beside the floor that memory sets.
 
 python -m experiments.benchmark --op=selective_scan --shape=B4,T2048,D512,N16
 python -m experiments.benchmark --peers        (beside Hugging Face transformers, if installed)
 python run.py --config=configs/quickstart.py --mode=bench       (the ops and the step of a config)
 
 Times are medians of whole calls after one that compiles and one that warms up, synchronised; the
-implementations of one shape are timed in turn, round by round, so that a machine that slows down slows
-all of them. `floor_ms` is the time in which the device copies the op's inputs and outputs, each once,
-at the bandwidth of a large copy measured in the same run. `error` is the largest deviation from the
-float64 oracle, of outputs (and gradients), in multiples of their root mean square.
+implementations of one shape are timed in turn, round by round, so that a machine that slows down
+slows all of them. `floor_ms` is the time in which the device copies the op's inputs and outputs,
+each once, at the bandwidth of a large copy measured in the same run. `error` is the largest
+deviation from the float64 oracle, of outputs (and gradients), in multiples of their root mean
+square.
 """
 
 import argparse
@@ -317,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--no-check", action="store_true", help="leave the oracle out")
   parser.add_argument("--json", type=pathlib.Path, help="also write the rows here")
   parser.add_argument(
-    "--peers", action="store_true", help="train a small Mamba here and in transformers, side by side"
+    "--peers", action="store_true", help="train a small Mamba here and in transformers"
   )
   arguments = parser.parse_args(argv)
   try:

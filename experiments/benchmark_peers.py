@@ -1,4 +1,4 @@
-"""Training speed of a small Mamba here and of its equals in Hugging Face transformers, side by side.
+"""Training speed of a small Mamba, here and in Hugging Face transformers, side by side.
 
 python -m experiments.benchmark --peers        needs torch and transformers
 """

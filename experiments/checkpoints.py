@@ -16,6 +16,7 @@ import logging
 import os
 import pathlib
 import re
+import shutil
 import sys
 import time
 import zlib
@@ -156,6 +157,7 @@ class Checkpoints:
     if step in self._manager.all_steps():
       return
     state = jax.tree.map(lambda x: x if hasattr(x, "dtype") else np.asarray(x), state)
+    self._require_space(step, state)
     record = {
       "arrays": {
         name: {**description, "checksum": checksum}
@@ -338,6 +340,17 @@ class Checkpoints:
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices("checkpoints set aside")
     self._manager.reload()
+
+  def _require_space(self, step: int, state: Any) -> None:
+    """Raises UserError where the disk cannot hold the step: orbax takes a full disk hard."""
+    needed = sum(x.nbytes for x in jax.tree.leaves(state)) // jax.process_count()
+    free = shutil.disk_usage(self.directory).free
+    if free < needed:
+      raise UserError(
+        f"checkpoint {step} needs {needed / 2**20:.1f} MiB in {self.directory}, which has"
+        f" {free / 2**20:.1f} MiB left: no space left on device; older checkpoints are intact",
+        status=1,
+      )
 
   def _failure(self, error: Exception) -> UserError:
     step, self._saving = self._saving, None

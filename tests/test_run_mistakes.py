@@ -134,7 +134,6 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="threads of tensorstore print tracebacks after a save that failed")
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
   program, references, small_disk
 ):
