@@ -5,6 +5,7 @@ import os
 import sys
 
 from experiments.errors import UserError
+from experiments.memory import keep_memory
 
 # What is wrong with a disk or a directory, rather than with the program.
 DISK_TROUBLE = (
@@ -17,12 +18,6 @@ DISK_TROUBLE = (
   errno.EISDIR,
   errno.EIO,
 )
-
-# Each step, XLA on a CPU asks for all its buffers and gives them back. Left to itself glibc returns
-# them to the kernel, which clears every page anew: with the memory kept, in large pages, and in one
-# arena, so that the threads that write checkpoints hoard none, the quickstart runs a third faster.
-MALLOC = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000"
-MALLOC += ":glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
 
 
 def main(argv: list[str]) -> int:
@@ -56,10 +51,7 @@ def _fail(message: str, status: int) -> int:
 
 
 if __name__ == "__main__":
-  if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-    # glibc reads it when a program starts, so this one starts anew, in place.
-    os.environ["GLIBC_TUNABLES"] = MALLOC
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+  keep_memory()
   status = main(sys.argv)
   if status:
     # Threads that a failed save has left behind must not hold up a program that has ended.

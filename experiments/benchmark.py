@@ -29,6 +29,7 @@ import numpy as np
 import ops
 from experiments import sharding, train_step, workspace
 from experiments.errors import UserError
+from experiments.memory import keep_memory
 from lm_models import lm, mamba
 from ops import reference
 
@@ -347,4 +348,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+  keep_memory()
   main()
