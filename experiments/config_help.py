@@ -25,7 +25,7 @@ import ml_collections
 
 USAGE = (
   "python run.py --config=configs/X.py[:arg] [--workdir=runs/X]\n"
-  "              [--mode=train|eval|sample|aot|bench|doctor] [--config.group.field=value ...]"
+  "              [--mode=train|eval|sample|bench] [--config.group.field=value ...]"
 )
 VALUE_WIDTH = 24
 

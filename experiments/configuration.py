@@ -25,7 +25,7 @@ from ml_collections import config_dict, config_flags
 from experiments import config_help
 from experiments.errors import UserError
 
-MODES = ("train", "eval", "sample", "aot", "bench", "doctor")
+MODES = ("train", "eval", "sample", "bench")
 
 # The flags that take a value, each with an example of one.
 FLAGS = {"config": "configs/X.py", "workdir": "runs/X", "mode": "train"}

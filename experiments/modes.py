@@ -18,8 +18,6 @@ def run(invocation: configuration.Invocation) -> None:
   Raises:
     UserError: in one line, what the person at the keyboard can mend.
   """
-  if invocation.mode not in MODES:
-    raise UserError(f"--mode={invocation.mode} is not available; there are {', '.join(MODES)}")
   limits.check(invocation.config)
   MODES[invocation.mode](invocation.config, invocation.workdir)
 
