@@ -24,7 +24,7 @@ MISTAKES = {
   "vocabulary too small": ("NEW", {"model__vocab_size": 100}, "model.vocab_size is 100"),
   "another vocabulary": ("RUN", {"model__vocab_size": 300}, "model.vocab_size is 300 here, 264"),
   "another width": ("RUN", {"model__D": 64}, "model.D is 64 here, 32"),
-  "another optimizer": ("RUN", {"optim__name": "muon"}, "optim.name is 'muon' here, 'adamw'"),
+  "another optimizer": ("RUN", {"optim__name": "adamw"}, "optim.name is 'adamw' here, 'muon'"),
   "another data mode": ("RUN", {"data__mode": "streaming"}, "data.mode is 'streaming' here"),
   "an average begun late": ("RUN", {"train__ema_decay": 0.9}, "train.ema_decay is 0.9 here, 0.0"),
   "rows and devices": ("NEW", {"train__batch_size": 7}, "train.batch_size is 7"),
