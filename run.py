@@ -53,8 +53,8 @@ def _fail(message: str, status: int) -> int:
 if __name__ == "__main__":
   keep_memory()
   status = main(sys.argv)
-  if status:
-    # Threads that a failed save has left behind must not hold up a program that has ended.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+  # Threads of libraries, those of a failed save above all, must not hold up or abort a program that
+  # has ended: all that it has to write is written.
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)

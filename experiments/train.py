@@ -125,7 +125,8 @@ class Loop:
         with self.clock.pause(state):
           validation = self.validate(state, number) if validates else {}
           self.log_row(number, {**row, **validation})
-          if saves:
+          # While steps are skipped the parameters may be at fault: an older checkpoint is better.
+          if saves and (ends or not self.skipped_in_a_row):
             self.checkpoints.save(number, state, self.batches.get_state(), validation or None)
       # Not `if self.stopped`: a signal during a validation would end a run that has not saved.
       if ends:
@@ -139,6 +140,7 @@ class Loop:
       What to log of this step, nothing where no line is due.
     """
     config, values = self.config, jax.device_get(measured)
+    self.skipped_in_a_row = int(values["skipped_in_a_row"])
     self.clock.tick(int(values["tokens"]))
     loss, skipped = float(values["loss"]), int(values["skipped"])
     if skipped > self.skipped:

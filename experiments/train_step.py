@@ -170,8 +170,9 @@ def _step(config, state: TrainState, batch):
     )
 
   norm = optax.tree.norm(gradients)
-  good = _is_good(config.train, state.recent, loss_value, norm)
   updates, optimizer = _optimizer(config).update(gradients, state.optimizer, state.params)
+  good = _is_good(config.train, state.recent, loss_value, norm)
+  good &= jnp.isfinite(optax.tree.norm(updates))
   params = optax.apply_updates(state.params, updates)
   keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
   params, optimizer = keep(params, state.params), keep(optimizer, state.optimizer)

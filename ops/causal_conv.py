@@ -47,6 +47,7 @@ def causal_conv(
     x=(x, "B T D"), weight=(weight, "W D"), bias=(bias, "D"),
     initial_state=(initial_state, "B W-1 D"), segment_ids=(segment_ids, "B T"),
   )  # fmt: skip
+  dispatch.check_dtypes(x=x, weight=weight, bias=bias, initial_state=initial_state)
   dispatch.check_segment_ids(segment_ids)
   _, run = dispatch.choose(
     "causal_conv", implementation, x=x, weight=weight, bias=bias, initial_state=initial_state,
@@ -81,6 +82,7 @@ def causal_conv_step(
   dispatch.check_shapes(
     weight=(weight, "W D"), state=(state, "B W-1 D"), x=(x, "B D"), bias=(bias, "D")
   )
+  dispatch.check_dtypes(state=state, x=x, weight=weight, bias=bias)
   dtype = state_dtype(state, x, weight, bias)
   window = jnp.concatenate([state.astype(dtype), x[:, None].astype(dtype)], axis=1)
   y = jnp.sum(window * weight.astype(dtype), axis=1)

@@ -163,6 +163,15 @@ def _size(axis: str, sizes: Mapping[str, int]) -> int | None:
   return sizes[letter] - int(less or 0) if letter in sizes else None
 
 
+def check_dtypes(*, complex_allowed: bool = False, **arrays: Any):
+  """Raises ValueError unless each array given, None aside, is floating, or complex if allowed."""
+  allowed = jax.numpy.inexact if complex_allowed else jax.numpy.floating
+  for name, array in arrays.items():
+    if array is not None and not jax.numpy.issubdtype(array.dtype, allowed):
+      expected = "a floating or complex dtype" if complex_allowed else "a floating dtype"
+      raise ValueError(f"{name} has dtype {array.dtype}, expected {expected}")
+
+
 def check_segment_ids(segment_ids: Any):
   """Raises ValueError unless `segment_ids` is None or has an integer dtype."""
   if segment_ids is not None and not jax.numpy.issubdtype(segment_ids.dtype, jax.numpy.integer):

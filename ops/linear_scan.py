@@ -57,6 +57,9 @@ def linear_scan(
     initial_state=(initial_state, "B D"),
     segment_ids=(segment_ids, "B T"),
   )
+  dispatch.check_dtypes(a=a, b=b, complex_allowed=True)
+  is_complex = jnp.iscomplexobj(a) or jnp.iscomplexobj(b)
+  dispatch.check_dtypes(initial_state=initial_state, complex_allowed=is_complex)
   dispatch.check_segment_ids(segment_ids)
   dispatch.check_chunk_size(chunk_size)
   _, run = dispatch.choose(
@@ -87,6 +90,7 @@ def linear_scan_step(
 ) -> tuple[Inexact[Array, "B D"], Inexact[Array, "B D"]]:
   """One token of `linear_scan`: h [B D] in the dtype of `b`, and the new state [B D]."""
   dispatch.check_shapes(state=(state, "B D"), a=(a, "B D"), b=(b, "B D"))
+  dispatch.check_dtypes(state=state, a=a, b=b, complex_allowed=True)
   dtype = state_dtype(a, b, state)
   out_dtype = (
     jnp.result_type(b.dtype, dtype) if jnp.issubdtype(dtype, jnp.complexfloating) else b.dtype

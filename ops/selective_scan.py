@@ -69,6 +69,7 @@ def selective_scan(
     x=(x, "B T D"), dt=(dt, "B T D"), A=(A, "D N"), B=(B, "B T N"), C=(C, "B T N"), D=(D, "D"),
     initial_state=(initial_state, "B D N"), segment_ids=(segment_ids, "B T"),
   )  # fmt: skip
+  dispatch.check_dtypes(x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=initial_state)
   dispatch.check_segment_ids(segment_ids)
   dispatch.check_chunk_size(chunk_size)
   _, run = dispatch.choose(
@@ -116,6 +117,7 @@ def selective_scan_step(
     C=(C, "B N"),
     D=(D, "D"),
   )
+  dispatch.check_dtypes(state=state, x=x, dt=dt, A=A, B=B, C=C, D=D)
   dtype, out_dtype = state_dtype(state, x, dt, A, B, C, D), x.dtype
   x, dt, A, B, C, state = (array.astype(dtype) for array in (x, dt, A, B, C, state))
   state = jnp.exp(dt[..., None] * A) * state + (dt * x)[..., None] * B[:, None]

@@ -70,3 +70,16 @@ def test_the_import_hook_checks_shapes():
   a, b = scan_inputs()
   with pytest.raises(jaxtyping.TypeCheckError):
     ops.linear_scan(a, b[:, :4])
+
+
+def test_an_integer_is_refused_not_truncated():
+  a, b = scan_inputs()
+  with pytest.raises(ValueError, match="b has dtype int32, expected a floating or complex dtype"):
+    unchecked(ops.linear_scan)(a, b.astype(jnp.int32))
+  with pytest.raises(ValueError, match="initial_state has dtype complex64, expected a floating"):
+    unchecked(ops.linear_scan)(a, b, initial_state=1j * b[:, 0])
+  with pytest.raises(ValueError, match="x has dtype bool, expected a floating dtype"):
+    unchecked(ops.causal_conv)(b.astype(bool), jnp.ones((2, 3)))
+  with pytest.raises(ValueError, match="dt has dtype complex64, expected a floating dtype"):
+    ones = jnp.ones((2, 5, 4))
+    unchecked(ops.selective_scan)(b, 1j * b, -jnp.ones((3, 4)), ones, ones)
