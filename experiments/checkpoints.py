@@ -28,8 +28,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from experiments.checksums import checksums, path_name
+from experiments.checksums import checksums
 from experiments.errors import UserError
+from experiments.rules import path_name
 
 # Orbax logs a traceback of each save that fails; this file says the same in one line.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)

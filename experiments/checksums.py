@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.rules import path_name
+
 
 def checksums(tree: Any) -> dict[str, int]:
   """The checksum of every array of a tree, computed where the array lives.
@@ -46,11 +48,6 @@ def checksums(tree: Any) -> dict[str, int]:
   for names, sums in pending.items():
     found.update(zip(names, np.asarray(sums).tolist()))
   return {name: found[name] for name in leaves}
-
-
-def path_name(path: tuple) -> str:
-  """A tree path as a name: "params/blocks/kernel"."""
-  return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 @functools.cache
