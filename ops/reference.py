@@ -69,3 +69,32 @@ def causal_conv(x, weight, bias=None, *, initial_state=None, segment_ids=None, r
   if initial_state is None:
     initial_state = jnp.zeros((x.shape[0], weight.shape[0] - 1, x.shape[2]), x.dtype)
   return _loop(update, initial_state, x, segment_ids, reverse)
+
+
+def linear_attention(
+  q, k, v, *, log_decay=None, beta=None, scale=None,
+  initial_state=None, segment_ids=None, reverse=False,
+):  # fmt: skip
+  """S <- exp(log_decay) S, S <- S + k (beta (v - k^T S))^T, o = scale q^T S;  state [B H K V].
+
+  Without beta the residual is v itself. q, k [B T Hq K]: each head of theirs serves H / Hq others.
+  """
+  heads, K = v.shape[2], k.shape[3]
+  q, k = (jnp.repeat(x, heads // k.shape[2], axis=2) for x in (q, k))
+  scale = K**-0.5 if scale is None else scale
+  if log_decay is None:
+    log_decay = jnp.zeros(v.shape[:3], v.dtype)
+  if log_decay.ndim == 3:
+    log_decay = log_decay[..., None]
+
+  def update(S, token):
+    q, k, v, log_decay, beta = token
+    S = jnp.exp(log_decay)[..., None] * S
+    if beta is not None:
+      v = beta[..., None] * (v - jnp.sum(k[..., None] * S, axis=2))
+    S = S + k[..., None] * v[:, :, None, :]
+    return S, scale * jnp.sum(q[..., None] * S, axis=2)
+
+  if initial_state is None:
+    initial_state = jnp.zeros((v.shape[0], heads, K, v.shape[3]), v.dtype)
+  return _loop(update, initial_state, (q, k, v, log_decay, beta), segment_ids, reverse)

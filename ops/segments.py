@@ -7,6 +7,7 @@ last real token. The first real token of a row starts no document: the `initial_
 it.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -41,3 +42,33 @@ def where_mask(mask: Bool[Array, "..."], x: Array, other: float = 0.0) -> Array:
   return jnp.where(
     mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), x, jnp.asarray(other, x.dtype)
   )
+
+
+def quarantine(segments: Segments, arrays: Sequence[Array | None], state: Array):
+  """Takes NaN and infinity out of what is packed, before products sum over several documents.
+
+  In a product over a chunk, what belongs to another document is multiplied by 0, and 0 * NaN is
+  NaN.
+
+  Args:
+    segments: the masks of the row.
+    arrays: [B T ...] each, or None.
+    state: [B ...], the state before the first document.
+
+  Returns:
+    The arrays with padding and spoilt tokens zeroed, the state, zeroed where it is spoilt, and bool
+    [B T]: where the output is NaN, from a document's first spoilt token to its end.
+  """
+  spoilt = jnp.zeros(segments.real.shape, bool)
+  for array in arrays:
+    if array is not None:
+      spoilt |= ~jnp.isfinite(array).reshape(*array.shape[:2], -1).all(-1)
+  arrays = [
+    None if array is None else where_mask(segments.real & ~spoilt, array) for array in arrays
+  ]
+  state_spoilt = ~jnp.isfinite(state).reshape(state.shape[0], -1).all(-1)
+  spoilt = (spoilt & segments.real) | (state_spoilt[:, None] & (segments.document == 0))
+  places = jnp.arange(spoilt.shape[1])
+  last = lambda mask: jax.lax.cummax(jnp.where(mask, places, -1), axis=1)
+  spoilt = last(spoilt) >= jnp.maximum(last(segments.start), 0)
+  return arrays, where_mask(~state_spoilt, state), spoilt

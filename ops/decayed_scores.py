@@ -1,0 +1,97 @@
+"""Scores between the positions of a chunk under decay, from sums of gates and never differences.
+
+  A_ij = sum_K x_i y_j exp(g_{j+1} + ... + g_i)      i >= j,  g <= 0
+
+exp(b_i - b_j) with long cumulative sums b loses every digit that b has in front of the difference,
+and (x exp(b)) (y exp(-b)) overflows. Here a chunk is halved again and again: between a position i
+in the right half of a block and j in the left half the exponent is a sum that ends at the border
+plus one that begins there,
+
+  (g_{j+1} + ... + g_border) + (g_{border+1} + ... + g_i),
+
+both <= 0, so that each half is weighed by itself and one product of matrices gives all the pairs.
+The gradients inherit it: that of a gate is a sum over the pairs that straddle it, without
+cancellation, however strong the gates are.
+
+Arrays are [... C ...] with C a power of two; gates are [... C 1] or [... C K]. Heads have two axes,
+H of x and y, and M that share each, see `linear_attention.py`.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Sums(NamedTuple):
+  """Sums of gates between the positions of a chunk."""
+
+  from_start: Float[Array, "*n C Kg"]  # over the positions up to this one, itself included
+  to_end: Float[Array, "*n C Kg"]  # over the positions after this one
+  # For blocks of 2, 4, ... C positions: from the border in the middle to each of the right half,
+  # and from each of the left half, itself left out, to the border; [... C/2h h Kg].
+  borders: list[tuple[Array, Array]]
+
+
+def sum_gates(g: Float[Array, "*n C Kg"]) -> Sums:
+  """The sums that every score of a chunk is made of."""
+  borders = []
+  from_start, to_end = g[..., None, :], jnp.zeros_like(g)[..., None, :]
+  while from_start.shape[-3] > 1:
+    left, right = _halves(from_start)
+    left_end, right_end = _halves(to_end)
+    borders.append((right, left_end))
+    from_start = jnp.concatenate([left, left[..., -1:, :] + right], axis=-2)
+    to_end = jnp.concatenate([left_end + right[..., -1:, :], right_end], axis=-2)
+  return Sums(from_start[..., 0, :, :], to_end[..., 0, :, :], borders)
+
+
+def pair_decays(sums: Sums) -> Float[Array, "*n C C"]:
+  """exp(g_{j+1} + ... + g_i) for scalar gates [... C 1], 0 where j > i."""
+  size = sums.from_start.shape[-2]
+  blocks = jnp.zeros((*sums.from_start.shape[:-2], size, 1, 1), sums.from_start.dtype)
+  for right, left in sums.borders:
+    blocks = _join(blocks, right + jnp.swapaxes(left, -1, -2), -jnp.inf)
+  return jnp.exp(blocks[..., 0, :, :])
+
+
+def scalar_scores(
+  x: Float[Array, "*n H C K"],
+  y: Float[Array, "*n H C K"],
+  decays: Float[Array, "*n H M C C"],
+  precision,
+) -> Float[Array, "*n H M C C"]:
+  """The scores where all of K decays alike; `decays` from `pair_decays`."""
+  return jnp.einsum("...ik,...jk->...ij", x, y, precision=precision)[..., None, :, :] * decays
+
+
+def vector_scores(
+  x: Float[Array, "*n H C K"], y: Float[Array, "*n H C K"], sums: Sums, precision
+) -> Float[Array, "*n H M C C"]:
+  """The scores where each of K has its own gate."""
+  M = sums.from_start.shape[-3]
+  blocks = jnp.sum(x * y, axis=-1)[..., None, :, None, None]
+  blocks = jnp.broadcast_to(blocks, (*blocks.shape[:-4], M, *blocks.shape[-3:]))
+  x, y = x[..., None, :, None, :], y[..., None, :, None, :]  # [... H 1 C 1 K], blocks of one
+  for right, left in sums.borders:
+    (x_left, x_right), (y_left, y_right) = _halves(x), _halves(y)
+    across = jnp.einsum(
+      "...ik,...jk->...ij", x_right * jnp.exp(right), y_left * jnp.exp(left), precision=precision
+    )
+    blocks = _join(blocks, across, 0.0)
+    x = jnp.concatenate([x_left, x_right], axis=-2)
+    y = jnp.concatenate([y_left, y_right], axis=-2)
+  return blocks[..., 0, :, :]
+
+
+def _halves(x):
+  """Blocks in pairs: [... 2n h K] -> two of [... n h K]."""
+  x = x.reshape(*x.shape[:-3], -1, 2, *x.shape[-2:])
+  return x[..., 0, :, :], x[..., 1, :, :]
+
+
+def _join(blocks, across, above):
+  """[... 2n h h] on the diagonal, [... n h h] below it -> [... n 2h 2h]."""
+  first, last = _halves(blocks)
+  top = jnp.concatenate([first, jnp.full_like(across, above)], axis=-1)
+  return jnp.concatenate([top, jnp.concatenate([across, last], axis=-1)], axis=-2)
