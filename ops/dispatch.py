@@ -64,6 +64,29 @@ def declare(
   _declared[op] = (implementations, preference or (lambda **arguments: list(implementations)))
 
 
+class Call(NamedTuple):
+  """What `choose` decided, once."""
+
+  op: str
+  ordered: str | None  # the implementation that was asked for, if any
+  chosen: str
+  arguments: dict[str, Any]
+
+
+_calls: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar("calls", default=None)
+
+
+@contextlib.contextmanager
+def recorded():
+  """Within it, every call of an op that is traced is appended to the list it yields."""
+  calls: list[Call] = []
+  token = _calls.set(calls)
+  try:
+    yield calls
+  finally:
+    _calls.reset(token)
+
+
 def choose(op: str, implementation: str | None, **arguments) -> tuple[str, Callable]:
   """The name and the function of the implementation that runs `op` on `arguments`.
 
@@ -74,15 +97,18 @@ def choose(op: str, implementation: str | None, **arguments) -> tuple[str, Calla
   if implementation is None:
     names = preference(**arguments)
     chosen = next(name for name in names if implementations[name].supports(**arguments) is None)
-    return chosen, implementations[chosen].run
-  if implementation not in implementations:
+  elif implementation not in implementations:
     raise ValueError(
       f"{op}: implementation {implementation!r} is not one of {', '.join(implementations)}"
     )
-  reason = implementations[implementation].supports(**arguments)
-  if reason is not None:
-    raise ValueError(f"{op}: implementation {implementation!r} cannot run: {reason}")
-  return implementation, implementations[implementation].run
+  else:
+    chosen, reason = implementation, implementations[implementation].supports(**arguments)
+    if reason is not None:
+      raise ValueError(f"{op}: implementation {implementation!r} cannot run: {reason}")
+  calls = _calls.get()
+  if calls is not None:
+    calls.append(Call(op, implementation, chosen, arguments))
+  return chosen, implementations[chosen].run
 
 
 def refusal(op: Callable, implementation: str, **arguments) -> Reason:
@@ -95,37 +121,53 @@ def refusal(op: Callable, implementation: str, **arguments) -> Reason:
   return implementations[implementation].supports(**{**defaults, **arguments})
 
 
-def explain(op: Callable, *args, **kwargs) -> str:
-  """Prints and returns which implementation `op(*args, **kwargs)` would run, and why each other
-  would not.
+def explain(function: Callable, *args, **kwargs) -> str:
+  """Prints and returns which implementation each op in `function(*args, **kwargs)` would run, and
+  why each other would not.
 
-  Arrays may be given as `jax.ShapeDtypeStruct`: nothing is computed.
+  Args:
+    function: an op, or anything that calls ops, such as a model's apply.
+    *args, **kwargs: of `function`; arrays may be `jax.ShapeDtypeStruct`: nothing is computed.
+
+  Raises:
+    ValueError: what `function` raises on these arguments.
   """
-  name = op.__name__
-  if name not in _declared:
-    raise ValueError(f"op {name!r} is not one of {', '.join(_declared)}")
-  bound = inspect.signature(op).bind(*args, **kwargs)
-  bound.apply_defaults()
-  arguments = dict(bound.arguments)
-  ordered = arguments.pop("implementation")
-  implementations, _ = _declared[name]
-  chosen, _ = choose(name, ordered, **arguments)
+  leaves, treedef = jax.tree.flatten((args, kwargs))
+  is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+  arrays = [
+    jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf, yes in zip(leaves, is_array) if yes
+  ]
+
+  def traced(arrays):
+    given = iter(arrays)
+    merged = [next(given) if yes else leaf for leaf, yes in zip(leaves, is_array)]
+    args, kwargs = jax.tree.unflatten(treedef, merged)
+    return jax.tree.leaves(function(*args, **kwargs))
+
+  with recorded() as calls:
+    jax.eval_shape(traced, arrays)
+  text = "\n".join(dict.fromkeys(map(_explanation, calls))) or "no op is called"
+  print(text)
+  return text
+
+
+def _explanation(call: Call) -> str:
+  implementations, _ = _declared[call.op]
   shapes = ", ".join(
-    f"{key} {_shape(value)}" for key, value in arguments.items() if hasattr(value, "shape")
+    f"{key} {_shape(value)}" for key, value in call.arguments.items() if hasattr(value, "shape")
   )
-  lines = [f"{name} on {platform()}: {shapes}"]
+  lines = [f"{call.op} on {platform()}: {shapes}"]
   for key, candidate in implementations.items():
-    reason = candidate.supports(**arguments)
-    if key == chosen:
-      verdict = "runs, as ordered" if ordered else "runs"
+    reason = candidate.supports(**call.arguments)
+    if key == call.chosen:
+      verdict = "runs, as ordered" if call.ordered else "runs"
     elif reason is not None:
       verdict = f"cannot run: {reason}"
     else:
-      verdict = f"can run, but {chosen} " + ("was ordered" if ordered else "is preferred here")
+      verdict = f"can run, but {call.chosen} "
+      verdict += "was ordered" if call.ordered else "is preferred here"
     lines.append(f"  {key:<10} {verdict} ({candidate.character})")
-  text = "\n".join(lines)
-  print(text)
-  return text
+  return "\n".join(lines)
 
 
 def _shape(array: Any) -> str:
