@@ -52,6 +52,12 @@ def get_config(arg=None):
   mamba.mlp_width = 0  # width of a gated MLP after the mixer; 0 leaves it out
   mamba.implementation = config_dict.placeholder(str)  # recurrent, parallel, chunked; None chooses
 
+  model.mamba2 = _mamba2()
+  model.gla = _gla()
+  model.retnet = _retnet()
+  model.deltanet = _deltanet()
+  model.gated_deltanet = _gated_deltanet("scalar", H=6, K=256, expand_v=2.0)
+  model.kda = _gated_deltanet("vector", H=16, K=128, expand_v=1.0)
   model.attention = _attention(None)
   model.sliding_attention = _attention(256)
 
@@ -150,6 +156,94 @@ def _attention(window):
   return attention
 
 
+def _recurrent(mlp_width):
+  """What every recurrence with a matrix state has."""
+  group = ConfigDict()
+  group.mlp_width = config_dict.placeholder(
+    int
+  )  # of the gated MLP; None is 8 D / 3 up to 256 (retnet: half of that); 0 is none
+  group.mlp_width = mlp_width
+  group.implementation = config_dict.placeholder(str)  # recurrent, parallel, chunked; None chooses
+  group.chunk_size = config_dict.placeholder(int)  # tokens per chunk; None chooses
+  return group
+
+
+def _mamba2():
+  mamba2 = _recurrent(0)
+  mamba2.expand = 2  # inner width, in multiples of D
+  mamba2.P = 64  # width of a head, channels
+  mamba2.N = 128  # state size of each channel
+  mamba2.n_groups = 1  # groups of heads that share B and C
+  mamba2.W = 4  # width of the convolutions, tokens
+  mamba2.A_min = 1.0  # smallest initial -A
+  mamba2.A_max = 16.0  # largest initial -A
+  mamba2.dt_min = 1e-3  # smallest initial time step
+  mamba2.dt_max = 0.1  # largest initial time step
+  mamba2.dt_floor = 1e-4  # initial time steps are not smaller than this
+  mamba2.dt_limit_min = 0.0  # time steps are never smaller than this
+  mamba2.dt_limit_max = config_dict.placeholder(float)  # nor larger than this; None is no limit
+  mamba2.norm_epsilon = 1e-5  # of the norm of the output
+  return mamba2
+
+
+def _gla():
+  gla = _recurrent(None)
+  gla.H = 4  # heads
+  gla.kv_heads = config_dict.placeholder(int)  # heads of k, v and decay; None is H
+  gla.expand_k = 0.5  # width of all keys together, in multiples of D
+  gla.expand_v = 1.0  # width of all values together, in multiples of D
+  gla.feature_map = "identity"  # of q and k: identity or relu
+  gla.gate_rank = 16  # rank of the projection to the decay
+  gla.gate_normaliser = 16.0  # divides the logarithm of the decay
+  gla.gate_min = config_dict.placeholder(float)  # least logarithm of the decay; None is no limit
+  gla.output_gate = True  # multiplies the normed output by silu of a projection
+  gla.W = 0  # width of the convolutions of q, k and v, tokens; 0 leaves them out
+  gla.norm_epsilon = 1e-6  # of the norm of the output
+  return gla
+
+
+def _retnet():
+  retnet = _recurrent(None)
+  retnet.H = 8  # heads
+  retnet.expand_k = 1.0  # width of all keys together, in multiples of D
+  retnet.expand_v = 2.0  # width of all values together, in multiples of D
+  retnet.rotary_base = 10000.0  # longest wavelength of the rotary positions / 2 pi, tokens
+  retnet.norm_epsilon = 1e-6  # of the norm of the output
+  retnet.mlp_ratio = 2.0  # MLP's width before its gate takes a third, in multiples of D
+  return retnet
+
+
+def _deltanet():
+  deltanet = _recurrent(None)
+  deltanet.H = 6  # heads
+  deltanet.expand_k = 1.0  # width of all keys together, in multiples of D
+  deltanet.expand_v = 1.0  # width of all values together, in multiples of D
+  deltanet.allow_neg_eigval = False  # beta lies in (0, 2) rather than (0, 1)
+  deltanet.qk_activation = "silu"  # of q and k: silu, relu, elu (elu + 1) or identity
+  deltanet.qk_norm = "l2"  # of q and k: l2, or sum (divides by the sum, for elu only)
+  deltanet.use_gate = False  # multiplies the normed output by silu of a projection
+  deltanet.W = 4  # width of the convolutions of q, k and v, tokens; 0 leaves them out
+  deltanet.norm_epsilon = 1e-6  # of the norm of the output
+  return deltanet
+
+
+def _gated_deltanet(decay, H, K, expand_v):
+  gated = _recurrent(None)
+  gated.H = H  # heads of q and k
+  gated.value_heads = config_dict.placeholder(int)  # of v, decay and beta; None is H
+  gated.K = K  # width of a head of q and k
+  gated.expand_v = expand_v  # width of a head of v, in multiples of K
+  gated.decay = decay  # scalar: one for each head; vector: one for each key channel
+  gated.rank = config_dict.placeholder(int)  # of the vector form's decay and gate; None is V
+  gated.allow_neg_eigval = False  # beta lies in (0, 2) rather than (0, 1)
+  gated.dt_min = 1e-3  # smallest initial softplus(dt_bias)
+  gated.dt_max = 0.1  # largest initial softplus(dt_bias)
+  gated.dt_floor = 1e-4  # it is not smaller than this
+  gated.W = 4  # width of the convolutions of q, k and v, tokens; 0 leaves them out
+  gated.norm_epsilon = 1e-6  # of the norm of the output
+  return gated
+
+
 def variant(config, arg, **others):
   """`config` as it is for no argument, shrunk for `tiny`, or changed by `others[arg]`.
 
@@ -181,6 +275,15 @@ def _tiny(config):
   config.model.unroll = 1
   config.model.dtype = "float32"
   config.model.mamba.N = 4
+  config.model.mamba2.P = config.model.mamba2.N = 8
+  for name in ("gla", "retnet", "deltanet", "gated_deltanet", "kda"):
+    config.model[name].H = 2
+    config.model[name].mlp_width = 64
+  config.model.gla.kv_heads = None
+  config.model.gla.gate_rank = 4
+  for gated in (config.model.gated_deltanet, config.model.kda):
+    gated.K = 8
+    gated.value_heads = gated.rank = None
   for attention in (config.model.attention, config.model.sliding_attention):
     attention.H = 2
     attention.kv_heads = None

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 # Torch's default for linear layers and convolutions, U(-fan_in^-1/2, fan_in^-1/2): the published
@@ -72,17 +73,24 @@ def constrain_activations(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 
 
 class RMSNorm(nn.Module):
-  """y = x / rms(x) * scale over the last axis, computed in float32. Zhang and Sennrich, 2019."""
+  """y = x / rms(x) * scale over the last axis, computed in float32. Zhang and Sennrich, 2019.
+
+  The scale is shared by all but the last `scale_axes` axes. A gate, where given, multiplies the
+  result before it is rounded to `dtype`.
+  """
 
   epsilon: float = 1e-5
   dtype: str = "float32"
+  scale_axes: int = 1
 
   @nn.compact
-  def __call__(self, x: Float[Array, "*axes D"]) -> Float[Array, "*axes D"]:
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+  def __call__(
+    self, x: Float[Array, "*axes D"], gate: Float[Array, "*axes D"] | None = None
+  ) -> Float[Array, "*axes D"]:
+    scale = self.param("scale", nn.initializers.ones, x.shape[x.ndim - self.scale_axes :])
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-    return (y * scale).astype(self.dtype)
+    y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon) * scale
+    return (y if gate is None else y * gate).astype(self.dtype)
 
 
 class Projection(nn.Module):
@@ -145,15 +153,18 @@ def rotary(
 
   Args:
     x: queries or keys, K even.
-    positions: of each token; only differences matter to the attention that follows.
+    positions: of each token; only differences matter to the attention that follows, modulo 2^32.
     base: the longest wavelength is about 2 pi base tokens.
 
   Returns:
-    The rotated array, in x's dtype; angles are float32.
+    The rotated array, in x's dtype; angles are float32, as exact at any position as at the first.
   """
   half = x.shape[-1] // 2
-  frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+  # In 2^-32 of a turn, unsigned integers drop whole turns by themselves, and nothing is rounded.
+  turns = base ** (-np.arange(half) / half) / (2 * np.pi)
+  frequencies = np.round(turns % 1 * 2**32).astype(np.uint64).astype(np.uint32)
+  fractions = positions[:, :, None, None].astype(jnp.uint32) * frequencies
+  angles = jax.lax.bitcast_convert_type(fractions, jnp.int32) * np.float32(2 * np.pi / 2**32)
   cos, sin = jnp.cos(angles), jnp.sin(angles)
   first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
   rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -22,11 +22,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lm_models import attention, layers, mamba
+from lm_models import attention, deltanet, gated_deltanet, gla, layers, mamba, mamba2, retnet
 
 # What a name in a pattern stands for: the architecture's module and what its Config starts from.
 MIXERS = {
   "mamba": (mamba, {}),
+  "mamba2": (mamba2, {}),
+  "gla": (gla, {}),
+  "retnet": (retnet, {}),
+  "deltanet": (deltanet, {}),
+  "gated_deltanet": (gated_deltanet, {}),
+  "kda": (gated_deltanet, {"decay": "vector", "H": 16, "K": 128, "expand_v": 1.0}),
   "attention": (attention, {}),
   "sliding_attention": (attention, {"window": 256}),
 }
@@ -124,6 +130,13 @@ def _mixer_config(name, shared, options):
     raise ValueError(f"model.{name}.{error}") from None
 
 
+def _mlp_width(mixer) -> int:
+  """Width of a block's MLP: as configured, or what its architecture is published with."""
+  if mixer.mlp_width is not None:
+    return mixer.mlp_width
+  return layers.gated_mlp_width(mixer.D, getattr(mixer, "mlp_ratio", 4.0))
+
+
 class Block(nn.Module):
   """x += mixer(norm(x)), then x += mlp(norm(x)) where the architecture has an MLP."""
 
@@ -137,7 +150,7 @@ class Block(nn.Module):
     norm = functools.partial(layers.RMSNorm, self.config.norm_epsilon, self.config.dtype)
     y, state = module.Mixer(mixer, name="mixer")(norm(name="norm")(x), state, segment_ids)
     x = layers.constrain_activations(x + y)
-    width = layers.gated_mlp_width(mixer.D) if mixer.mlp_width is None else mixer.mlp_width
+    width = _mlp_width(mixer)
     if width:
       out_init = nn.initializers.normal(0.02 * (2 * mixer.L) ** -0.5)
       mlp = layers.GatedMLP(
@@ -313,8 +326,8 @@ def flops_per_token(config: Config, T: int) -> float:
   total = 2.0 * config.D * config.vocab_size
   for name in config.pattern:
     mixer = config.mixer(name)
-    width = layers.gated_mlp_width(mixer.D) if mixer.mlp_width is None else mixer.mlp_width
-    total += config.repeats * (MIXERS[name][0].flops_per_token(mixer, T) + 2 * 3 * config.D * width)
+    mlp = 2 * 3 * config.D * _mlp_width(mixer)
+    total += config.repeats * (MIXERS[name][0].flops_per_token(mixer, T) + mlp)
   return total
 
 

@@ -22,9 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import ops
-from lm_models import layers
-
-IMPLEMENTATIONS = (None, "recurrent", "parallel", "chunked", "pallas")
+from lm_models import layers, recurrent_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +47,7 @@ class Config:
     layers.check_at_least(self, 0, "mlp_width")
     if not 0 < self.dt_min <= self.dt_max:
       raise ValueError(f"dt_min is {self.dt_min}, must be above 0 and at most dt_max")
-    if self.implementation not in IMPLEMENTATIONS:
-      raise ValueError(
-        f"implementation is {self.implementation!r}, must be one of {IMPLEMENTATIONS}"
-      )
+    recurrent_layers.check_implementation(self)
 
   @property
   def inner(self) -> int:
@@ -116,7 +111,8 @@ class Mixer(nn.Module):
     low_rank = project("x_proj", c.rank + 2 * c.N)(x)
     dt, B, C = jnp.split(low_rank, [c.rank, c.rank + c.N], axis=-1)
     dt = project("dt_proj", c.inner, kernel_init=_dt_kernel_init(c))(dt)
-    dt_bias = self.param("dt_bias", _dt_bias_init(c), (c.inner,))
+    dt_init = recurrent_layers.dt_bias_init(c.dt_min, c.dt_max, c.dt_floor)
+    dt_bias = self.param("dt_bias", dt_init, (c.inner,))
     dt = jax.nn.softplus(dt.astype(jnp.float32) + dt_bias)
 
     A_log = self.param("A_log", _A_log_init, (c.inner, c.N))
@@ -144,18 +140,6 @@ def _conv_init(config):
 def _dt_kernel_init(config):
   bound = config.rank**-0.5
   return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
-
-
-def _dt_bias_init(config):
-  """softplus(bias) is log-uniform in [dt_min, dt_max]."""
-
-  def init(key, shape):
-    low, high = jnp.log(config.dt_min), jnp.log(config.dt_max)
-    dt = jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high))
-    dt = jnp.maximum(dt, config.dt_floor)
-    return dt + jnp.log(-jnp.expm1(-dt))
-
-  return init
 
 
 def _A_log_init(key, shape):

@@ -10,7 +10,7 @@ import pytest
 
 import configs
 from experiments import sharding, train_step
-from lm_models import attention, lm, mamba
+from lm_models import lm
 from tests.quick_compilation import quick_compilation as quick_compilation
 
 NAMES = sorted(
@@ -66,25 +66,24 @@ def as_plain(value):
   return tuple(value) if isinstance(value, list | tuple) else value
 
 
-@pytest.mark.parametrize(
-  "group, dataclass, elsewhere, changed",
-  [
-    (lambda model: model, lm.Config, {"mixers"}, {}),
-    (lambda model: model.mamba, mamba.Config, {"D", "L", "dtype"}, {}),
-    (lambda model: model.attention, attention.Config, {"D", "L", "dtype"}, {}),
-    (
-      lambda model: model.sliding_attention, attention.Config, {"D", "L", "dtype"},
-      lm.MIXERS["sliding_attention"][1],
-    ),
-  ],
-)  # fmt: skip
-def test_fields_and_defaults_are_the_dataclasses(group, dataclass, elsewhere, changed):
-  config = group(get("defaults").model).to_dict()
+def test_the_fields_and_defaults_of_a_model_are_the_dataclass_ones():
+  check_defaults(get("defaults").model, lm.Config, {"mixers"}, {})
+
+
+@pytest.mark.parametrize("name", lm.MIXERS)
+def test_fields_and_defaults_are_the_dataclasses(name):
+  module, changed = lm.MIXERS[name]
+  check_defaults(get("defaults").model[name], module.Config, {"D", "L", "dtype"}, changed)
+
+
+def check_defaults(group, dataclass, elsewhere, changed):
+  """Asserts that a group has the fields and defaults of its dataclass, but for those `changed`."""
   fields = {
     field.name: field.default
     for field in dataclasses.fields(dataclass)
     if field.name not in elsewhere
   }
+  config = group.to_dict()
   mine = {name: as_plain(value) for name, value in config.items() if not isinstance(value, dict)}
   assert mine == {**fields, **changed}
 

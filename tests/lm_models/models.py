@@ -11,8 +11,11 @@ PATTERNS = {
   "hybrid": (("mamba", "sliding_attention"), 4),
   "transformer": (("attention",), 2),
   "three": (("mamba", "sliding_attention", "attention"), 3),
+  "decays": (("gla", "mamba2"), 2),
+  "delta_hybrid": (("deltanet", "sliding_attention"), 2),
+  "gated_delta_hybrid": (("gated_deltanet", "attention"), 2),
+  "vectors": (("kda", "retnet"), 2),
 }
-WINDOWS = {"attention": None, "sliding_attention": 4}
 
 # Rows of 12 tokens: documents, and padding left, right and between.
 SEGMENT_IDS = np.array(
@@ -33,6 +36,8 @@ def make_config(kind: str, **fields) -> lm.Config:
   attention = {"H": 4, "kv_heads": 2, "K": 4, "mlp_width": 12, "context": 16}
   # The default implementation of the scan compiles slowly; it is used where there is only Mamba.
   mamba = {"N": 3, "dt_rank": 2, **({"implementation": "recurrent"} if kind != "mamba" else {})}
+  recurrent = {"implementation": "recurrent"}
+  matrix_state = {**recurrent, "H": 2, "mlp_width": 0}
   options = {
     "vocab_size": 13,
     "D": 8,
@@ -40,7 +45,13 @@ def make_config(kind: str, **fields) -> lm.Config:
     "pattern": pattern,
     "mamba": mamba,
     "attention": attention,
-    "sliding_attention": {**attention, "window": WINDOWS["sliding_attention"]},
+    "sliding_attention": {**attention, "window": 4},
+    "mamba2": {**recurrent, "P": 4, "N": 3, "n_groups": 2},
+    "gla": {**matrix_state, "expand_k": 0.75, "gate_rank": 2, "gate_normaliser": 2.0},
+    "retnet": {**matrix_state, "expand_v": 1.0, "mlp_width": 6},
+    "deltanet": {**matrix_state, "allow_neg_eigval": True},
+    "gated_deltanet": {**matrix_state, "value_heads": 4, "K": 3, "expand_v": 1.0},
+    "kda": {**matrix_state, "K": 3, "expand_v": 2 / 3, "rank": 1},
   }
   return lm.make_config(**{**options, **fields})
 

@@ -6,6 +6,20 @@ masks, caches and packing have something to be wrong against.
 
 import numpy as np
 
+from tests.lm_models import oracle_matrix
+from tests.lm_models.numpy_layers import rotate as rotate
+from tests.lm_models.numpy_layers import silu as silu
+from tests.lm_models.numpy_layers import softplus as softplus
+
+MATRIX_STATE = {
+  "gla": oracle_matrix.gla,
+  "mamba2": oracle_matrix.mamba2,
+  "retnet": oracle_matrix.retnet,
+  "deltanet": oracle_matrix.deltanet,
+  "gated_deltanet": oracle_matrix.gated_deltanet,
+  "kda": oracle_matrix.gated_deltanet,
+}
+
 
 def documents(ids):
   """The places of each document in a row of segment ids: a list of lists, padding in none."""
@@ -30,16 +44,6 @@ def by_document(function, x, ids):
       out[places] = part
     rows.append(out)
   return np.stack(rows)
-
-
-def silu(x):
-  """x sigmoid(x)."""
-  return x / (1 + np.exp(-x))
-
-
-def softplus(x):
-  """log(1 + exp x)."""
-  return np.log1p(np.exp(-np.abs(x))) + np.maximum(x, 0)
 
 
 def rms_norm(p, x, epsilon):
@@ -76,13 +80,6 @@ def mamba(p, u):
   return np.stack(outputs)
 
 
-def rotate(x, position, base):
-  """One head's vector turned: channels (i, i + K/2) as one complex number."""
-  half = len(x) // 2
-  turned = (x[:half] + 1j * x[half:]) * np.exp(1j * position * base ** (-np.arange(half) / half))
-  return np.concatenate([turned.real, turned.imag])
-
-
 def attention(p, x, window=None, base=10000.0):
   """Softmax attention of each token over those before it, for one document x [T D]."""
   q, k, v = (
@@ -103,8 +100,8 @@ def attention(p, x, window=None, base=10000.0):
   return np.einsum("thk,hkd->td", o, p["out_proj"]["kernel"])
 
 
-def language_model(p, tokens, pattern, *, windows, epsilon):
-  """Logits of one document. `windows` has the window of each kind of attention."""
+def language_model(p, tokens, pattern, *, configs, epsilon):
+  """Logits of one document. `configs` has each architecture's configuration by its name."""
   x = p["embedding"][tokens]
   repeats = len(p["blocks"][f"0_{pattern[0]}"]["norm"]["scale"])
   for repeat in range(repeats):
@@ -113,8 +110,10 @@ def language_model(p, tokens, pattern, *, windows, epsilon):
       normed = rms_norm(block["norm"], x, epsilon)
       if name == "mamba":
         x = x + mamba(block["mixer"], normed)
+      elif name in MATRIX_STATE:
+        x = x + MATRIX_STATE[name](block["mixer"], normed, configs[name])
       else:
-        x = x + attention(block["mixer"], normed, windows[name])
+        x = x + attention(block["mixer"], normed, configs[name].window)
       if "mlp" in block:
         x = x + gated_mlp(block["mlp"], rms_norm(block["mlp_norm"], x, epsilon))
   x = rms_norm(p["norm"], x, epsilon)

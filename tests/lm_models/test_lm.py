@@ -12,7 +12,6 @@ from tests.lm_models import oracle
 from tests.lm_models.models import (
   PATTERNS,
   SEGMENT_IDS,
-  WINDOWS,
   random_model,
   random_params,
   random_tokens,
@@ -57,8 +56,9 @@ class Small:
   def truth(self, params, ids=SEGMENT_IDS):
     """The oracle's logits."""
     pattern, _ = PATTERNS[self.kind]
+    configs = dict(zip(self.config.names, self.config.mixers))
     document = lambda tokens: oracle.language_model(
-      params, np.asarray(tokens), pattern, windows=WINDOWS, epsilon=self.config.norm_epsilon
+      params, np.asarray(tokens), pattern, configs=configs, epsilon=self.config.norm_epsilon
     )
     return oracle.by_document(document, TOKENS, ids)
 
