@@ -46,21 +46,17 @@ def _product(left, right):
   return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
-@jax.custom_jvp
 def solve(
   A: Float[Array, "*n C C"], inverse: Float[Array, "*n C C"], Y: Float[Array, "*n C V"]
 ) -> Float[Array, "*n C V"]:
   """X = (I + A)^-1 Y, where `inverse` is (I + A)^-1 and A is strictly lower triangular.
 
   Its derivative, dX = (I + A)^-1 (dY - dA X), needs one product for dA and none with the inverse's
-  own derivative.
+  own derivative; so does the derivative of that. `inverse` may come through `stop_gradient`.
   """
-  return _product(inverse, Y)
-
-
-@solve.defjvp
-def _derivative(primals, tangents):
-  _, inverse, _ = primals
-  dA, _, dY = tangents
-  X = solve(*primals)
-  return X, _product(inverse, dY - _product(dA, X))
+  return jax.lax.custom_linear_solve(
+    lambda X: X + _product(A, X),
+    Y,
+    solve=lambda _, Y: _product(inverse, Y),
+    transpose_solve=lambda _, Y: _product(jnp.swapaxes(inverse, -1, -2), Y),
+  )
