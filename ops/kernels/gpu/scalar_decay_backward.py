@@ -1,0 +1,180 @@
+"""Gradients of the matrix-state recurrence with one decay per head, chunk by chunk.
+
+With S the state before a chunk, dS' the gradient of the state after it, b the sums of its gates:
+
+  A_ij  = scale q_i . k_j exp(b_i - b_j)         dP_ij = scale dO_i . V_j exp(b_i - b_j)   i >= j
+  dV    = A^T dO + exp(b_C - b) (K dS')
+  dQ    = dP K   + scale exp(b) (dO S^T)
+  dK    = dP^T Q + exp(b_C - b) (V dS'^T)
+  db_i  = q_i . dq_i - k_i . dk_i
+  dg_t  = sum_{i >= t} db_i + <S', dS'>               S' = exp(b_C) S + K^T (exp(b_C - b) V)
+
+Every chunk is a program of its own. All tiles are 64 by 64; warpgroup w makes the w-th share of the
+columns of each gradient.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ops.kernels.gpu import mosaic
+from ops.kernels.gpu.mosaic import TILED, WGMMA, along_columns, along_rows
+from ops.kernels.gpu.scalar_decay_forward import CHUNK
+
+TILE = 64
+
+
+def gradients(q, k, v, do, sums, before, after, scale: float, interpret=None):
+  """dq, dk [B T H K], dv [B T H V], and float32 [B H W 2 T]: db, and parts of <S', dS'> that each
+  chunk sums; W shares are to be added.
+
+  Args:
+    q, k, v, do: [B T H K], [B T H V], T a multiple of the chunk.
+    sums: float32 [B H T], the gates summed within each chunk.
+    before, after: [B H N K V] like `q`, the states before and their gradients after each chunk.
+  """
+  B, T, H, K = q.shape
+  V, C, dtype = v.shape[-1], CHUNK, q.dtype
+  W = 2 if K == V == 128 else 1
+  key_tiles, value_tiles = K // TILE, V // TILE
+  my_keys, my_values = key_tiles // W, value_tiles // W
+  columns = lambda tile: pl.ds(tile * TILE, TILE)
+
+  def kernel(q_hbm, k_hbm, v_hbm, do_hbm, sums_hbm, before_hbm, after_hbm, *outputs):
+    dq_hbm, dk_hbm, dv_hbm, db_hbm = outputs
+    batch, head, chunk = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
+    rows = pl.ds(chunk * C, C)
+    w = lax.axis_index("thread")
+
+    def run(q_s, k_s, v_s, do_s, state_s, scores_s, dp_s, sums_s, db_s, ready, met):
+      def meet(n):
+        plgpu.barrier_arrive(met.at[n])
+        plgpu.barrier_wait(met.at[n])
+
+      def fetch_states(source, barrier):
+        for i in range(key_tiles):
+          for j in range(value_tiles):
+            here = source.at[batch, head, chunk, columns(i), columns(j)]
+            plgpu.copy_gmem_to_smem(here, state_s.at[i, j], ready[barrier])
+
+      @pl.when(w == 0)
+      def _():
+        plgpu.copy_gmem_to_smem(sums_hbm.at[batch, head, rows], sums_s, ready[0])
+        for source, target, tiles in (
+          (q_hbm, q_s, key_tiles), (k_hbm, k_s, key_tiles),
+          (v_hbm, v_s, value_tiles), (do_hbm, do_s, value_tiles),
+        ):  # fmt: skip
+          for i in range(tiles):
+            here = source.at[batch, rows, head, columns(i)]
+            plgpu.copy_gmem_to_smem(here, target.at[i], ready[0])
+        fetch_states(before_hbm, 1)
+
+      plgpu.barrier_wait(ready[0])
+      row = plgpu.load(sums_s, layout=WGMMA.reduce(1))
+      column = plgpu.load(sums_s, layout=WGMMA.reduce(0))
+      end = sums_s[C - 1]
+      from_start, to_end = jnp.exp(row) * scale, jnp.exp(end - row)
+
+      def pairs(left, right, tiles, target):
+        """scale left right^T exp(b_i - b_j), rounded, for i >= j."""
+        i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=WGMMA)
+        j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=WGMMA)
+        products = total([(left.at[t], right.at[t].transpose((1, 0))) for t in range(tiles)])
+        exponent = jnp.where(i >= j, along_rows(row, C) - along_columns(column, C), -jnp.inf)
+        target[...] = (products * (jnp.exp(exponent) * scale)).astype(dtype)
+
+      def total(terms):
+        return mosaic.products((C, TILE), terms)
+
+      # Two warpgroups make one each.
+      if W == 1:
+        pairs(q_s, k_s, key_tiles, scores_s)
+        pairs(do_s, v_s, value_tiles, dp_s)
+      else:
+        pl.when(w == 0)(lambda: pairs(q_s, k_s, key_tiles, scores_s))
+        pl.when(w == 1)(lambda: pairs(do_s, v_s, value_tiles, dp_s))
+      plgpu.commit_smem()
+      meet(0)
+
+      db = jnp.zeros((), jnp.float32)
+      load = lambda ref: plgpu.load(ref, layout=WGMMA).astype(jnp.float32)
+      plgpu.barrier_wait(ready[1])
+      dq, states = [], []
+      for tile in range(my_keys):
+        at = w * my_keys + tile
+        across = total(
+          [(do_s.at[t], state_s.at[at, t].transpose((1, 0))) for t in range(value_tiles)]
+        )
+        inside = total([(dp_s, k_s.at[at])])
+        dq.append(across * along_rows(from_start, TILE) + inside)
+        db += (dq[-1] * load(q_s.at[at])).sum(1)
+        states.append([plgpu.load(state_s.at[at, t], layout=WGMMA) for t in range(value_tiles)])
+      meet(1)
+      pl.when(w == 0)(lambda: fetch_states(after_hbm, 2))
+
+      dk = [total([(dp_s.transpose((1, 0)), q_s.at[w * my_keys + t])]) for t in range(my_keys)]
+      dv = [
+        total([(scores_s.transpose((1, 0)), do_s.at[w * my_values + t])]) for t in range(my_values)
+      ]
+      plgpu.barrier_wait(ready[2])
+      constant = jnp.zeros((), jnp.float32)
+      for tile in range(my_keys):
+        at = w * my_keys + tile
+        across = total(
+          [(v_s.at[t], state_s.at[at, t].transpose((1, 0))) for t in range(value_tiles)]
+        ) * along_rows(to_end, TILE)  # fmt: skip
+        keys = load(k_s.at[at])
+        constant += (across * keys).sum(1)
+        dk[tile] += across
+        db -= (dk[tile] * keys).sum(1)
+        for t in range(value_tiles):
+          both = states[tile][t].astype(jnp.float32) * load(state_s.at[at, t])
+          constant += both.sum(1) * jnp.exp(end)
+      for tile in range(my_values):
+        at = w * my_values + tile
+        across = total([(k_s.at[t], state_s.at[t, at]) for t in range(key_tiles)])
+        dv[tile] += across * along_rows(to_end, TILE)
+      meet(2)
+
+      db_s[w, 0], db_s[w, 1] = db, constant
+      for tile in range(my_keys):
+        q_s[w * my_keys + tile] = dq[tile].astype(dtype)
+        k_s[w * my_keys + tile] = dk[tile].astype(dtype)
+      for tile in range(my_values):
+        v_s[w * my_values + tile] = dv[tile].astype(dtype)
+      plgpu.commit_smem()
+      for n in range(2):
+        plgpu.copy_smem_to_gmem(db_s.at[w, n], db_hbm.at[batch, head, w, n, rows])
+      for source, target, tiles in (
+        (q_s, dq_hbm, my_keys), (k_s, dk_hbm, my_keys), (v_s, dv_hbm, my_values)
+      ):  # fmt: skip
+        for tile in range(tiles):
+          at = w * tiles + tile
+          plgpu.copy_smem_to_gmem(source.at[at], target.at[batch, rows, head, columns(at)])
+      plgpu.wait_smem_to_gmem(0)
+
+    tile = lambda *shape: plgpu.SMEM((*shape, TILE, TILE), dtype, transforms=TILED)
+    arrivals = [1 + 2 * (key_tiles + value_tiles), key_tiles * value_tiles]
+    pl.run_scoped(
+      lambda *refs: run(*refs[:-4], refs[-4:-1], refs[-1]),
+      tile(key_tiles), tile(key_tiles), tile(value_tiles), tile(value_tiles),
+      tile(key_tiles, value_tiles), tile(), tile(),
+      plgpu.SMEM((C,), jnp.float32), plgpu.SMEM((W, 2, C), jnp.float32),
+      plgpu.Barrier(num_arrivals=arrivals[0]), plgpu.Barrier(num_arrivals=arrivals[1]),
+      plgpu.Barrier(num_arrivals=arrivals[1]), plgpu.Barrier(num_arrivals=W, num_barriers=3),
+      collective_axes="thread",
+    )  # fmt: skip
+
+  like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+  return plgpu.kernel(
+    kernel,
+    out_type=[like(q), like(k), like(v), jax.ShapeDtypeStruct((B, H, W, 2, T), jnp.float32)],
+    grid=(T // C, H, B),
+    grid_names=("chunk", "head", "batch"),
+    num_threads=W,
+    thread_name="thread",
+    interpret=interpret,
+    compiler_params=mosaic.PARAMS,
+  )(q, k, v, do, sums, before, after)
