@@ -37,7 +37,7 @@ def chunked(tokens, state, chunk_size, precision):
   per_segment = -(-chunks // segments)
   arrays = _split(tokens, size, segments * per_segment)
   arrays = jax.tree.map(lambda x: x.reshape(segments, per_segment, *x.shape[1:]), arrays)
-  step = jax.checkpoint(functools.partial(_segment, precision), prevent_cse=False)
+  step = jax.checkpoint(functools.partial(_segment, precision, True), prevent_cse=False)
   state, o = jax.lax.scan(step, state, arrays)
   return _join(o.reshape(-1, *o.shape[2:]), size, T), state
 
@@ -45,7 +45,7 @@ def chunked(tokens, state, chunk_size, precision):
 def parallel(tokens, state, chunk_size, precision):
   """The quadratic form: the whole sequence is one chunk."""
   T = tokens.v.shape[1]
-  state, o = _segment(precision, state, _split(tokens, T, 1))
+  state, o = _segment(precision, False, state, _split(tokens, T, 1))
   return _join(o, T, T), state
 
 
@@ -92,8 +92,12 @@ def _join(o, size, T):
   return o.reshape(o.shape[0], -1, *o.shape[3:])[:, :T]
 
 
-def _segment(precision, state, arrays):
-  """The state after some chunks [n B H ...], and their outputs [n B H M C V]."""
+def _segment(precision, invert, state, arrays):
+  """The state after some chunks [n B H ...], and their outputs [n B H M C V].
+
+  With `invert`, the delta rule's systems are inverted beforehand, all at once, which makes the loop
+  over chunks short; one large system is solved as it stands.
+  """
   contract = functools.partial(jnp.einsum, precision=precision)
   q, k, v, beta = (arrays[name] for name in ("q", "k", "v", "beta"))
   C = v.shape[-2]
@@ -128,10 +132,8 @@ def _segment(precision, state, arrays):
 
     state, before = jax.lax.scan(step, state, (across, carried, writes))
   else:
-    A = beta[..., None] * jnp.where(
-      np.tril(causal, -1) if alive is None else causal & ~np.eye(C, dtype=bool), scores(k), 0
-    )
-    inverse = jax.lax.stop_gradient(unit_lower_inverse(A))
+    A = beta[..., None] * jnp.where(~np.eye(C, dtype=bool), scores(k), 0)
+    inverse = jax.lax.stop_gradient(unit_lower_inverse(A)) if invert else None
 
     def step(S, chunk):
       k, v, beta, A, inverse, from_start, to_end, across, carried, alive, at_end = chunk

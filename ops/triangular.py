@@ -47,13 +47,15 @@ def _product(left, right):
 
 
 def solve(
-  A: Float[Array, "*n C C"], inverse: Float[Array, "*n C C"], Y: Float[Array, "*n C V"]
+  A: Float[Array, "*n C C"], inverse: Float[Array, "*n C C"] | None, Y: Float[Array, "*n C V"]
 ) -> Float[Array, "*n C V"]:
-  """X = (I + A)^-1 Y, where `inverse` is (I + A)^-1 and A is strictly lower triangular.
+  """X = (I + A)^-1 Y, where `inverse` is (I + A)^-1, or None, and A is strictly lower triangular.
 
   Its derivative, dX = (I + A)^-1 (dY - dA X), needs one product for dA and none with the inverse's
   own derivative; so does the derivative of that. `inverse` may come through `stop_gradient`.
   """
+  if inverse is None:
+    return jax.scipy.linalg.solve_triangular(A, Y, lower=True, unit_diagonal=True)
   return jax.lax.custom_linear_solve(
     lambda X: X + _product(A, X),
     Y,
