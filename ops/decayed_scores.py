@@ -14,7 +14,8 @@ The gradients inherit it: that of a gate is a sum over the pairs that straddle i
 cancellation, however strong the gates are.
 
 Arrays are [... C ...] with C a power of two; gates are [... C 1] or [... C K]. Heads have two axes,
-H of x and y, and M that share each, see `linear_attention.py`.
+H of x and y, and M that share each, see `linear_attention.py`. Axes are merged around products:
+jaxlib 0.10.2 crashes on CPUs in products, and in sums of them, of seven axes and more.
 """
 
 from typing import NamedTuple
@@ -72,16 +73,28 @@ def vector_scores(
   M = sums.from_start.shape[-3]
   blocks = jnp.sum(x * y, axis=-1)[..., None, :, None, None]
   blocks = jnp.broadcast_to(blocks, (*blocks.shape[:-4], M, *blocks.shape[-3:]))
-  x, y = x[..., None, :, None, :], y[..., None, :, None, :]  # [... H 1 C 1 K], blocks of one
+  x, y = x[..., None, :], y[..., None, :]  # [... H C 1 K], blocks of one
   for right, left in sums.borders:
     (x_left, x_right), (y_left, y_right) = _halves(x), _halves(y)
-    across = jnp.einsum(
-      "...ik,...jk->...ij", x_right * jnp.exp(right), y_left * jnp.exp(left), precision=precision
-    )
+    across = _products(_weigh(x_right, right), _weigh(y_left, left), precision)
     blocks = _join(blocks, across, 0.0)
     x = jnp.concatenate([x_left, x_right], axis=-2)
     y = jnp.concatenate([y_left, y_right], axis=-2)
   return blocks[..., 0, :, :]
+
+
+def _weigh(x, gates):
+  """Each of [... H n h K] under M decays: [... H M n h K]; n and h are one axis meanwhile."""
+  merge = lambda x: x.reshape(*x.shape[:-3], -1, x.shape[-1])
+  weighed = merge(x)[..., None, :, :] * jnp.exp(merge(gates))
+  return weighed.reshape(*gates.shape[:-1], x.shape[-1])
+
+
+def _products(x, y, precision):
+  """x y^T of blocks [... M n h K]: [... M n h h]; M and n are one axis meanwhile."""
+  merge = lambda x: x.reshape(*x.shape[:-4], -1, *x.shape[-2:])
+  products = jnp.einsum("...ik,...jk->...ij", merge(x), merge(y), precision=precision)
+  return products.reshape(*x.shape[:-1], y.shape[-2])
 
 
 def _halves(x):
