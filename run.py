@@ -1,4 +1,4 @@
-"""The one program: python run.py --config=configs/X.py [--mode=train|eval|sample|bench] ..."""
+"""The one program: python run.py --config=configs/X.py [--mode=train|eval|sample|bench|doctor]"""
 
 import errno
 import os

@@ -25,7 +25,8 @@ import ml_collections
 
 USAGE = (
   "python run.py --config=configs/X.py[:arg] [--workdir=runs/X]\n"
-  "              [--mode=train|eval|sample|bench] [--config.group.field=value ...]"
+  "              [--mode=train|eval|sample|bench|doctor] [--config.group.field=value ...]\n"
+  "              with --mode=doctor: [--op=gla,kda] [--json=doctor.json]"
 )
 VALUE_WIDTH = 24
 

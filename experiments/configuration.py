@@ -25,10 +25,12 @@ from ml_collections import config_dict, config_flags
 from experiments import config_help
 from experiments.errors import UserError
 
-MODES = ("train", "eval", "sample", "bench")
+MODES = ("train", "eval", "sample", "bench", "doctor")
 
 # The flags that take a value, each with an example of one.
 FLAGS = {"config": "configs/X.py", "workdir": "runs/X", "mode": "train"}
+DOCTOR_FLAGS = {"op": "gla,kda", "json": "doctor.json"}
+FLAGS |= DOCTOR_FLAGS
 
 # A config file is a program, and these are the ways in which a short program goes wrong.
 CONFIG_FILE_ERRORS = (
@@ -56,6 +58,7 @@ class Invocation:
     workdir: The run's directory.
     mode: One of `MODES`.
     overrides: Dotted field -> value, for the fields set on the command line.
+    options: The flags that only this mode has, by name.
   """
 
   config: ml_collections.ConfigDict
@@ -63,6 +66,7 @@ class Invocation:
   workdir: str
   mode: str
   overrides: dict[str, Any]
+  options: dict[str, str]
 
 
 def parse(argv: Sequence[str]) -> Invocation:
@@ -89,6 +93,9 @@ def parse(argv: Sequence[str]) -> Invocation:
   mode = plain.get("mode", "train")
   if mode not in MODES:
     raise UserError(f"--mode is {mode!r}; it must be one of {', '.join(MODES)}")
+  options = {name: plain[name] for name in DOCTOR_FLAGS if name in plain}
+  if options and mode != "doctor":
+    raise UserError(f"--{next(iter(options))} is a flag of --mode=doctor; --mode is {mode!r}")
   config_file = plain["config"]
   config, module = _load_config(config_file)
   if strangers:
@@ -99,7 +106,7 @@ def parse(argv: Sequence[str]) -> Invocation:
     print(config_help.describe(config, module, config_file))
     raise SystemExit(0)
   workdir = plain.get("workdir") or default_workdir(config_file)
-  return Invocation(config, config_file, workdir, mode, overrides)
+  return Invocation(config, config_file, workdir, mode, overrides, options)
 
 
 def known_configs() -> list[str]:

@@ -101,6 +101,8 @@ def test_arguments_of_the_config_and_flags():
   assert call(config="--config=configs/small.py:tiny").workdir == "runs/small-tiny"
   assert parse(["run.py", "--config", "configs/small.py"]).workdir == "runs/small"
   assert configuration.default_workdir("a/b.py:c/d e") == "runs/b-c-d-e"
+  assert call().options == {}
+  assert call("--mode=doctor", "--op=gla", "--json", "x").options == {"op": "gla", "json": "x"}
 
 
 @pytest.mark.parametrize(
@@ -177,10 +179,11 @@ def test_parsing_leaves_nothing_behind():
     ("--config.optim.betas=a,b", "it takes a tuple of float, such as (0.9, 0.95)"),
     ("--config.model.pattern=(1, 2)", "it takes a tuple of str, such as ('mamba', 'attention')"),
     ("--config.optim=3", "is a group; set one of its fields: optim.betas, optim.learning_rate"),
-    ("--mode=fly", "--mode is 'fly'; it must be one of train, eval, sample, bench"),
+    ("--mode=fly", "--mode is 'fly'; it must be one of train, eval, sample, bench, doctor"),
     ("--workdirr=x", "--workdirr is no flag of this program; did you mean --workdir?"),
     ("--D=3", "--D is no flag of this program; did you mean --config.model.D?"),
-    ("--speed=3", "there are --config, --workdir, --mode, --help"),
+    ("--speed=3", "there are --config, --workdir, --mode, --op, --json, --help"),
+    ("--op=gla", "--op is a flag of --mode=doctor; --mode is 'train'"),
     ("words", "'words' is not understood"),
     ("--workdir", "--workdir needs a value, as in --workdir=runs/X"),
   ],
@@ -241,7 +244,7 @@ def help_of(capsys, *arguments):
 
 def test_help_without_a_config_lists_the_configs(capsys):
   text = help_of(capsys, "--help")
-  assert "--mode=train|eval|sample|bench" in text and "  configs/small.py\n" in text
+  assert "--mode=train|eval|sample|bench|doctor" in text and "  configs/small.py\n" in text
 
 
 def test_help_lists_each_field_with_its_comment(capsys):
