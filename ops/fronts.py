@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from ops import dispatch
 from ops.linear_attention import linear_attention, linear_attention_step
 from ops.precision import state_dtype
+from ops.segments import where_mask
 
 
 def ssd(
@@ -36,9 +37,16 @@ def ssd(
     **options: of `ops.linear_attention`; `scale` is 1, and the state [B H N V].
   """
   _check_ssd(x, dt, A, B, C, D, "B T")
+  if (segment_ids := options.get("segment_ids")) is not None:
+    # What padding holds must not reach the gradients of A and D.
+    dispatch.check_segment_ids(segment_ids)
+    dispatch.check_shapes(x=(x, "B T H V"), segment_ids=(segment_ids, "B T"))
+    x, dt = where_mask(segment_ids >= 0, x), where_mask(segment_ids >= 0, dt)
   log_decay, values = _discretise(x, dt, A)
-  y, *rest = linear_attention(C, B, values, log_decay=log_decay, **{"scale": 1.0, **options})
-  return _skip(y, x, D, options.get("segment_ids")), *rest
+  scale = options.pop("scale", None)
+  scale = 1.0 if scale is None else scale
+  y, *rest = linear_attention(C, B, values, log_decay=log_decay, scale=scale, **options)
+  return _skip(y, x, D), *rest
 
 
 def ssd_step(
@@ -54,7 +62,7 @@ def ssd_step(
   _check_ssd(x, dt, A, B, C, D, "B")
   log_decay, values = _discretise(x, dt, A)
   y, state = linear_attention_step(state, C, B, values, log_decay=log_decay, scale=1.0)
-  return _skip(y, x, D, None), state
+  return _skip(y, x, D), state
 
 
 def _check_ssd(x, dt, A, B, C, D, leading):
@@ -71,13 +79,11 @@ def _discretise(x, dt, A):
   return dt * A.astype(dtype), (dt[..., None] * x.astype(dtype)).astype(x.dtype)
 
 
-def _skip(y, x, D, segment_ids):
+def _skip(y, x, D):
   if D is None:
     return y
   dtype = state_dtype(x, D)
   skip = D.astype(dtype)[:, None] * x.astype(dtype)
-  if segment_ids is not None:
-    skip = jnp.where((segment_ids >= 0)[..., None, None], skip, 0)
   return (y.astype(dtype) + skip).astype(y.dtype)
 
 
@@ -217,7 +223,9 @@ def retention(
   """
   g = retention_decay(v.shape[-2]) if g is None else g
   dispatch.check_shapes(v=(v, "B T H V"), g=(g, "H"))
-  return linear_attention(q, k, v, log_decay=jnp.broadcast_to(g, v.shape[:3]), **options)
+  # Wide before it is repeated, for its gradient is a sum over all tokens.
+  g = jnp.broadcast_to(g.astype(state_dtype(g)), v.shape[:3])
+  return linear_attention(q, k, v, log_decay=g, **options)
 
 
 def retention_step(
