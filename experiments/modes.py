@@ -4,7 +4,16 @@ import pathlib
 
 import jax
 
-from experiments import configuration, limits, metrics, report, sharding, train_step, workspace
+from experiments import (
+  configuration,
+  doctor,
+  limits,
+  metrics,
+  report,
+  sharding,
+  train_step,
+  workspace,
+)
 from experiments.benchmark import benchmark_config
 from experiments.checkpoints import Checkpoints
 from experiments.errors import UserError
@@ -19,7 +28,7 @@ def run(invocation: configuration.Invocation) -> None:
     UserError: in one line, what the person at the keyboard can mend.
   """
   limits.check(invocation.config)
-  MODES[invocation.mode](invocation.config, invocation.workdir)
+  MODES[invocation.mode](invocation.config, invocation.workdir, **invocation.options)
 
 
 def _eval(config, workdir: str) -> None:
@@ -44,6 +53,11 @@ def _sample(config, workdir: str) -> None:
     for piece in report.sample_text(config, train_step.model_config(config), params):
       print(piece, end="", flush=True)
     print()
+
+
+def _doctor(config, workdir: str, op: str = "", json: str = "") -> None:
+  """Checks every op on this device; the same for all configs."""
+  doctor.run(op=op, json=json)
 
 
 def _trained(config, workdir: str, mesh):
@@ -79,4 +93,10 @@ def _chosen(which: str, checkpoints: Checkpoints) -> int | None:
   return int(which)
 
 
-MODES = {"train": train, "eval": _eval, "sample": _sample, "bench": benchmark_config}
+MODES = {
+  "train": train,
+  "eval": _eval,
+  "sample": _sample,
+  "bench": benchmark_config,
+  "doctor": _doctor,
+}
