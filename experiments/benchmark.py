@@ -1,352 +1,122 @@
-"""How fast each implementation of each op is on this device, beside the floor that memory sets.
+"""How fast each implementation of each op is on this device, beside the floor that the device sets.
 
 python -m experiments.benchmark --op=selective_scan --shape=B4,T2048,D512,N16
-python -m experiments.benchmark --peers        (beside Hugging Face transformers, if installed)
+python -m experiments.benchmark --preset=hopper --plot=roofline.png   (or --preset=cpu)
+python -m experiments.benchmark --op=gla --dtype=bfloat16 --peers     (beside other libraries' ops)
+python -m experiments.benchmark --training      (training steps, beside Hugging Face transformers)
 python run.py --config=configs/quickstart.py --mode=bench       (the ops and the step of a config)
 
-Times are medians of whole calls after one that compiles and one that warms up, synchronised; the
-implementations of one shape are timed in turn, round by round, so that a machine that slows down
-slows all of them. `floor_ms` is the time in which the device copies the op's inputs and outputs,
-each once, at the bandwidth of a large copy measured in the same run. `error` is the largest
-deviation from the float64 oracle, of outputs (and gradients), in multiples of their root mean
-square.
+Times are medians of calls that are compiled and warm; the implementations of one shape are timed in
+turn, round by round, so that a machine that slows down slows all of them. A GPU or a TPU is given
+many calls before it is waited for, so that the device is timed and not the start of a call.
+
+`floor_ms` is the least that the op can take: each input and output moved once at the bandwidth of a
+large copy, measured in the same run, or the exponentials or products, if they take longer on a
+device whose rates are known (`experiments.floors`); what fits into caches can be faster. GB/s
+counts the same bytes, TFLOP/s the operations of the form in chunks. `error` is the largest
+deviation from the float64 oracle, of outputs and gradients, in multiples of their root mean square,
+at fewer rows and tokens where the oracle would take too long. What would not fit into the device's
+memory is left out, and said; what fails is reported, the others go on, and the exit status is 1.
+
+--peers adds rows of flash-linear-attention (needs torch with CUDA) and of causal softmax attention
+(jax's, and torch's if it is installed) at the same shapes.
 """
 
 import argparse
-import dataclasses
-import datetime
-import json
 import pathlib
-import re
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+import sys
+from collections.abc import Iterator, Sequence
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-import ops
-from experiments import sharding, train_step, workspace
+from experiments import benchmark_report as report
+from experiments import benchmark_training, plots
+from experiments.benchmark_cases import CASES, PRESETS, Workload, make_workload
+from experiments.benchmark_measure import IMPLEMENTATIONS, benchmark_op
+from experiments.benchmark_peers import Peers
 from experiments.errors import UserError
+from experiments.floors import PASSES
 from experiments.memory import keep_memory
-from lm_models import lm, mamba
-from ops import reference
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-  """An op as the benchmark knows it: its default shape, inputs, and arithmetic for one call."""
-
-  op: Callable
-  oracle: Callable
-  shape: dict[str, int]
-  inputs: Callable[..., dict[str, np.ndarray]]  # float64 arrays by argument name
-  flops: Callable[..., float]
-
-
-def _normal(seed: int, *shape: int) -> np.ndarray:
-  return np.random.default_rng(seed).standard_normal(shape)
-
-
-def _decay(seed: int, *shape: int) -> np.ndarray:
-  return 1 / (1 + np.exp(-2 - _normal(seed, *shape)))
-
-
-CASES = {
-  "linear_scan": Case(
-    ops.linear_scan,
-    reference.linear_scan,
-    {"B": 4, "T": 2048, "D": 512},
-    lambda B, T, D: {"a": _decay(0, B, T, D), "b": _normal(1, B, T, D)},
-    lambda B, T, D: 2 * B * T * D,
-  ),
-  "selective_scan": Case(
-    ops.selective_scan,
-    reference.selective_scan,
-    {"B": 4, "T": 2048, "D": 512, "N": 16},
-    lambda B, T, D, N: {
-      "x": _normal(0, B, T, D),
-      "dt": np.exp(-4 + _normal(1, B, T, D)),
-      "A": -np.tile(np.arange(1.0, N + 1), (D, 1)),
-      "B": _normal(2, B, T, N),
-      "C": _normal(3, B, T, N),
-      "D": np.ones(D),
-    },
-    lambda B, T, D, N: B * T * D * (7 * N + 3),
-  ),
-  "causal_conv": Case(
-    ops.causal_conv,
-    reference.causal_conv,
-    {"B": 4, "T": 2048, "D": 512, "W": 4},
-    lambda B, T, D, W: {"x": _normal(0, B, T, D), "weight": _normal(1, W, D)},
-    lambda B, T, D, W: 2 * B * T * D * W,
-  ),
-}
-IMPLEMENTATIONS = ("recurrent", "parallel", "chunked", "pallas")
-PASSES = ("forward", "forward_backward")
-
-
-def parse_shape(text: str, default: dict[str, int]) -> dict[str, int]:
-  """Reads B4,T2048,D512; letters left out keep the op's default.
-
-  Raises:
-    UserError: a letter that the op does not have, or a size below 1.
-  """
-  shape = dict(default)
-  for part in filter(None, text.split(",")):
-    match = re.fullmatch(r"([A-Z])(\d+)", part.strip())
-    if not match or match[1] not in default or int(match[2]) < 1:
-      allowed = ",".join(f"{letter}{size}" for letter, size in default.items())
-      raise UserError(f"--shape has {part!r}, must be letters with sizes such as {allowed}")
-    shape[match[1]] = int(match[2])
-  return shape
-
-
-def time_call(functions: Sequence[Callable[[], Any]], seconds: float = 2.0) -> list[float]:
-  """Median milliseconds of each function, called in turn; each has been called once before.
-
-  Args:
-    functions: return arrays to wait for.
-    seconds: to spend on all of them together, at least three rounds.
-  """
-  times: list[list[float]] = [[] for _ in functions]
-  end = time.perf_counter() + seconds
-  while time.perf_counter() < end or len(times[0]) < 3:
-    for function, measured in zip(functions, times):
-      began = time.perf_counter()
-      jax.block_until_ready(function())
-      measured.append(1e3 * (time.perf_counter() - began))
-  return [float(np.median(measured)) for measured in times]
-
-
-def copy_bandwidth() -> float:
-  """Bytes read and written per second in a copy of 256 MiB on one device."""
-  x = jnp.zeros(2**26, jnp.float32)
-  copy = jax.jit(lambda x: x + 1)
-  jax.block_until_ready(copy(x))
-  (milliseconds,) = time_call([lambda: copy(x)], seconds=0.5)
-  return 2 * x.nbytes / (milliseconds / 1e3)
-
-
-def benchmark_op(
-  name: str,
-  shape: dict[str, int],
-  *,
-  dtype: str = "float32",
-  implementations: Sequence[str] = IMPLEMENTATIONS,
-  passes: Sequence[str] = PASSES,
-  check: bool = True,
-) -> list[dict]:
-  """Rows for the implementations of one op at one shape that can run here; see the module."""
-  case = CASES[name]
-  exact = case.inputs(**shape)
-  inputs = {key: jnp.asarray(value, dtype) for key, value in exact.items()}
-  bandwidth, rows = copy_bandwidth(), []
-  for pass_ in passes:
-    wanted = _oracle(case, inputs, pass_) if check else None
-    compiled = []
-    for implementation in implementations:
-      if ops.dispatch.refusal(case.op, implementation, **inputs):
-        continue
-      function = _pass(lambda i=implementation, **kw: case.op(**kw, implementation=i)[0], pass_)
-      began = time.perf_counter()
-      program = jax.jit(function).lower(inputs).compile()
-      seconds = time.perf_counter() - began
-      outputs = jax.block_until_ready(program(inputs))
-      jax.block_until_ready(program(inputs))
-      compiled.append((implementation, program, seconds, outputs))
-    times = time_call([lambda p=program: p(inputs) for _, program, _, _ in compiled])
-    for (implementation, program, seconds, outputs), milliseconds in zip(compiled, times):
-      moved = sum(x.nbytes for x in jax.tree.leaves((inputs, outputs)))
-      # A backward pass is about twice the forward one.
-      flops = case.flops(**shape) * (3 if pass_ == "forward_backward" else 1)
-      memory = program.memory_analysis()
-      letters = {letter: shape.get(letter) for letter in "BTHKVDNW"}
-      rows.append(
-        {
-          "op": name,
-          "implementation": implementation,
-          **letters,
-          "dtype": dtype,
-          "pass": pass_,
-          "ms": milliseconds,
-          "floor_ms": 1e3 * moved / bandwidth,
-          "gb_per_s": moved / milliseconds / 1e6,
-          "tflop_per_s": flops / milliseconds / 1e9,
-          "peak_bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes,
-          "compile_s": seconds,
-          "error": None if wanted is None else _error(outputs, wanted),
-          **_environment(),
-        }
-      )
-  return rows
-
-
-def _pass(function: Callable, pass_: str) -> Callable:
-  """Inputs to outputs, or to outputs and the gradients of their sum of squares."""
-  if pass_ == "forward":
-    return lambda inputs: function(**inputs)
-
-  def loss(inputs):
-    y = function(**inputs)
-    return jnp.sum(jnp.square(y.astype(jnp.promote_types(y.dtype, jnp.float32)))), y
-
-  return lambda inputs: jax.grad(loss, has_aux=True)(inputs)
-
-
-def _oracle(case: Case, inputs: dict[str, jax.Array], pass_: str):
-  """What the pass gives in float64, from the inputs as they were rounded."""
-  with jax.enable_x64(True):
-    exact = {key: jnp.asarray(np.asarray(x, np.float64)) for key, x in inputs.items()}
-    function = _pass(lambda **kw: case.oracle(**kw)[0], pass_)
-    return jax.tree.map(np.asarray, jax.jit(function)(exact))
-
-
-def _error(outputs, wanted) -> float:
-  def deviation(x, y):
-    return np.max(np.abs(np.asarray(x, np.float64) - y)) / np.sqrt(np.mean(y * y))
-
-  return float(max(map(deviation, jax.tree.leaves(outputs), jax.tree.leaves(wanted))))
-
-
-def _environment() -> dict[str, Any]:
-  return {
-    "device": jax.devices()[0].device_kind,
-    "versions": workspace.versions(),
-    "date": datetime.date.today().isoformat(),
-  }
-
-
-def benchmark_config(config, workdir: str) -> None:
-  """`--mode=bench`: the ops of the config's blocks at its shapes, and its training step.
-
-  Prints the table and writes bench.json into the run's directory.
-  """
-  model = train_step.model_config(config)
-  rows = []
-  for name, shape in _shapes(config, model):
-    rows += benchmark_op(name, shape, dtype=model.dtype, check=False)
-  print(table(rows))
-  rows.append(_benchmark_step(config, model))
-  print(f"training step: {rows[-1]['ms']:.1f} ms, {rows[-1]['tokens_per_second']:,.0f} tokens/s")
-  directory = pathlib.Path(workdir)
-  directory.mkdir(parents=True, exist_ok=True)
-  write_rows(rows, directory / "bench.json")
-  print(f"wrote {directory / 'bench.json'}")
-
-
-def _shapes(config, model):
-  """(op, shape) for each distinct op that the pattern's blocks call."""
-  B, T = config.train.batch_size // config.train.accumulate, config.data.T
-  for name in model.names:
-    mixer = model.mixer(name)
-    if isinstance(mixer, mamba.Config):
-      yield "causal_conv", {"B": B, "T": T, "D": mixer.inner, "W": mixer.W}
-      yield "selective_scan", {"B": B, "T": T, "D": mixer.inner, "N": mixer.N}
-
-
-def _benchmark_step(config, model) -> dict:
-  """A row on the whole training step, on batches of random tokens."""
-  mesh = sharding.make_mesh(config.mesh)
-  rows, T = config.train.batch_size, config.data.T
-  tokens = np.random.default_rng(0).integers(0, 256, (rows, T + 1)).astype(np.int32)
-  batch = {
-    "inputs": tokens[:, :-1],
-    "targets": tokens[:, 1:],
-    "segment_ids": np.zeros((rows, T), np.int32),
-    "continues": np.ones(rows, bool),
-  }
-  with jax.set_mesh(mesh):
-    step, state = train_step.make_step(config, mesh), train_step.initialise(config, mesh)
-    batch = sharding.place_batch(mesh, batch)
-    began = time.perf_counter()
-    carried = [*step(state, batch)]
-    jax.block_until_ready(carried)
-    seconds = time.perf_counter() - began
-
-    def again():
-      carried[:] = step(carried[0], batch)
-      return carried[1]
-
-    (milliseconds,) = time_call([again], seconds=5.0)
-  return {
-    "op": "train_step",
-    "B": rows,
-    "T": T,
-    "dtype": model.dtype,
-    "ms": milliseconds,
-    "tokens_per_second": rows * T / milliseconds * 1e3,
-    "tflop_per_s": 3 * lm.flops_per_token(model, T) * rows * T / milliseconds / 1e9,
-    "compile_s": seconds,
-    **_environment(),
-  }
-
-
-def table(rows: Sequence[dict]) -> str:
-  """The rows as a person reads them."""
-  head = (
-    f"{'op':<16}{'implementation':<16}{'shape':<28}{'dtype':<10}{'pass':<18}{'ms':>10}"
-    f"{'of floor':>10}{'GB/s':>8}{'peak MB':>9}{'compile s':>11}{'error':>10}"
-  )
-  lines = [head]
-  for row in rows:
-    shape = " ".join(f"{letter}{row[letter]}" for letter in "BTHKVDNW" if row[letter])
-    error = "" if row["error"] is None else f"{row['error']:.1e}"
-    lines.append(
-      f"{row['op']:<16}{row['implementation']:<16}{shape:<28}{row['dtype']:<10}{row['pass']:<18}"
-      f"{row['ms']:>10.3f}{row['floor_ms'] / row['ms']:>10.1%}{row['gb_per_s']:>8.1f}"
-      f"{row['peak_bytes'] / 1e6:>9.1f}{row['compile_s']:>11.2f}{error:>10}"
-    )
-  return "\n".join(lines)
-
-
-def write_rows(rows: Sequence[dict], path: pathlib.Path) -> None:
-  """One JSON list of the rows."""
-  path.write_text(json.dumps(list(rows), indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """The command line of this module; returns the exit status."""
+  parser = _parser()
+  arguments = parser.parse_args(argv)
+  try:
+    if arguments.training:
+      rows = benchmark_training.compare_training()
+      print(benchmark_training.table(rows))
+    else:
+      rows = _measure(arguments)
+    if arguments.json:
+      report.write_rows(rows, arguments.json)
+    if arguments.plot and not arguments.training:
+      plots.roofline(rows, arguments.plot)
+  except UserError as error:
+    parser.exit(error.status, f"error: {error}\n")
+  return int(any(row.get("failure") for row in rows))
+
+
+def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m experiments.benchmark", description="Times ops on the device at hand."
   )
+  parser.add_argument("--preset", choices=sorted(PRESETS), help="a table of ops and shapes")
   parser.add_argument("--op", choices=sorted(CASES), action="append", help="default: all")
-  parser.add_argument("--shape", default="", help="sizes such as B4,T2048,D512,N16")
+  parser.add_argument("--shape", default="", help="sizes such as B4,T2048,H16,K128,V128")
   parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+  parser.add_argument(
+    "--gate-dtype", choices=["float32", "bfloat16"], help="of decays, betas and steps: float32"
+  )
   parser.add_argument("--implementation", choices=IMPLEMENTATIONS, action="append")
   parser.add_argument("--pass", dest="passes", choices=PASSES, action="append")
   parser.add_argument("--no-check", action="store_true", help="leave the oracle out")
-  parser.add_argument("--json", type=pathlib.Path, help="also write the rows here")
+  parser.add_argument("--peers", action="store_true", help="other libraries' ops too")
   parser.add_argument(
-    "--peers", action="store_true", help="train a small Mamba here and in transformers"
+    "--training", action="store_true", help="train small models here and in transformers instead"
   )
-  arguments = parser.parse_args(argv)
-  try:
-    if arguments.peers:
-      from experiments import benchmark_peers
+  parser.add_argument("--json", type=pathlib.Path, help="also write the rows here")
+  parser.add_argument("--plot", type=pathlib.Path, help="also draw the roofline, a png")
+  return parser
 
-      rows = benchmark_peers.compare_training()
-      print(benchmark_peers.table(rows))
-    else:
-      rows = []
-      for name in arguments.op or sorted(CASES):
-        rows += benchmark_op(
-          name,
-          parse_shape(arguments.shape, CASES[name].shape),
-          dtype=arguments.dtype,
-          implementations=arguments.implementation or IMPLEMENTATIONS,
-          passes=arguments.passes or PASSES,
-          check=not arguments.no_check,
-        )
-      print(table(rows))
-    if arguments.json:
-      write_rows(rows, arguments.json)
-  except UserError as error:
-    parser.exit(error.status, f"error: {error}\n")
-  return 0
+
+def _measure(arguments) -> list[dict]:
+  """Measures, and prints each pass of each workload as soon as it is done."""
+  rows, passes = [], arguments.passes or PASSES
+  workloads = list(_workloads(arguments))
+  peers = Peers() if arguments.peers else None
+
+  def show(measured):
+    rows.extend(measured)
+    print(*report.lines(measured), sep="\n", flush=True)
+
+  print(report.HEAD)
+  for workload in workloads:
+    for pass_, measured in benchmark_op(
+      workload,
+      implementations=arguments.implementation or IMPLEMENTATIONS,
+      passes=passes,
+      check=not arguments.no_check,
+    ):
+      show(measured + (peers.op_rows(workload, pass_) if peers else []))
+    if peers:
+      for measured in peers.attention_rows(workload, passes):
+        show(measured)
+  return rows
+
+
+def _workloads(arguments) -> Iterator[Workload]:
+  if arguments.preset:
+    if arguments.shape or arguments.gate_dtype:
+      raise UserError("--preset has its own shapes and dtypes: leave --shape and --gate-dtype out")
+    for workload in PRESETS[arguments.preset]:
+      if workload.op in (arguments.op or CASES):
+        yield workload
+    return
+  for name in arguments.op or CASES:
+    gate_dtype = arguments.gate_dtype or "float32"
+    yield make_workload(name, arguments.shape, arguments.dtype, gate_dtype)
 
 
 if __name__ == "__main__":
   keep_memory()
-  main()
+  sys.exit(main())

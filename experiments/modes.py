@@ -14,7 +14,7 @@ from experiments import (
   train_step,
   workspace,
 )
-from experiments.benchmark import benchmark_config
+from experiments.benchmark_config import benchmark_config
 from experiments.checkpoints import Checkpoints
 from experiments.errors import UserError
 from experiments.evaluate import Evaluator

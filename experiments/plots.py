@@ -1,5 +1,7 @@
 """Figures of a run, as they stand in a run directory or a README page."""
 
+import functools
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -8,12 +10,23 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
 
-from experiments import metrics
+from experiments import floors, metrics
 from experiments.errors import UserError
 
 # Told apart in print and by colour-blind readers alike.
 COLORS = {"train": "#4477aa", "validation": "#cc6633", "test": "#228855"}
+# Of implementations, then of whatever else there is.
+MARK_COLORS = {
+  "recurrent": "#999933",
+  "parallel": "#cc6633",
+  "chunked": "#4477aa",
+  "pallas": "#aa3377",
+}
+MORE_COLORS = ("#228855", "#333333", "#ddaa33", "#66ccee", "#bb99cc")
+MARKS = "osD^v<>pP*"
 INK = "#333333"
 STYLE = {
   "axes.edgecolor": "#999999",
@@ -128,8 +141,163 @@ def bits_per_byte_by_position(rows: Iterable[Mapping[str, Any]], png: str | os.P
     _write(figure, png)
 
 
-def _canvas():
-  figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
+def roofline(rows: Iterable[Mapping[str, Any]], png: str | os.PathLike) -> None:
+  """Draws what the rows of a benchmark attain, under the roofs of the device.
+
+  Horizontally the operations per byte that must move, vertically the operations per second. A row
+  on the slanted roof moves its bytes as fast as a large copy does. Colours are implementations,
+  hollow marks include the backward pass, shapes of marks are shapes of arrays.
+
+  Args:
+    rows: from `experiments.benchmark`; those that failed are left out.
+    png: The file to write.
+
+  Raises:
+    UserError: There is nothing to draw.
+  """
+  rows = [row for row in rows if row.get("ms") and row.get("flop_per_byte")]
+  if not rows:
+    raise UserError(f"nothing was measured that {png} could show")
+  others = {row["implementation"] for row in rows} - set(MARK_COLORS)
+  colors = {**MARK_COLORS, **dict(zip(sorted(others), itertools.cycle(MORE_COLORS)))}
+  colors = {name: color for name, color in colors.items() if _having(rows, implementation=name)}
+  sizes = {_batch(row): None for row in rows}
+  marks = dict(zip(sizes, itertools.cycle(MARKS)))
+  with matplotlib.rc_context(STYLE):
+    figure, axes = _canvas(9.0, 5.4)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for row in rows:
+      color = colors[row["implementation"]]
+      axes.plot(
+        row["flop_per_byte"],
+        row["tflop_per_s"],
+        marks[_batch(row)],
+        color=color,
+        markerfacecolor="white" if row["pass"] == "forward_backward" else color,
+        markersize=5.5,
+        markeredgewidth=1.2,
+      )
+    _roofs(axes, rows)
+    _name_columns(axes, rows)
+    _legend(axes, rows, colors, marks)
+    _few_ticks(axes)
+    axes.set_xlabel("operations per byte that must move (FLOP/byte)")
+    _write(figure, png)
+
+
+def _few_ticks(axes) -> None:
+  """Ticks at 1, 2 and 5, or at 1 alone on a long axis; operations in the unit that keeps them
+  short."""
+  unit, scale = ("T", 1.0) if axes.get_ylim()[1] > 3 else ("G", 1e3)
+  axes.set_ylabel(f"attained ({unit}FLOP/s)")
+  axes.xaxis.set_major_formatter("{x:g}")
+  axes.yaxis.set_major_formatter(lambda y, _: f"{y * scale:g}")
+  for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+    axis.set_major_locator(LogLocator(subs=(1,) if high > 1e4 * low else (1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+
+
+def _having(rows, **wanted):
+  return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def _batch(row) -> str:
+  return f"B{row['B']} T{row['T']}"
+
+
+def _roofs(axes, rows) -> None:
+  """The bandwidth of a copy, and the rate of products where that is known."""
+  bandwidth = max(row["copy_gb_per_s"] for row in rows) / 1e3
+  intensities = [row["flop_per_byte"] for row in rows]
+  attained = [row["tflop_per_s"] for row in rows]
+  low, high = min(intensities) / 2, max(intensities) * 2
+  rates = floors.RATES.get(rows[0]["device"])
+  limit = np.inf
+  if rates is not None and _having(rows, dtype="bfloat16"):
+    limit = rates.bfloat16_flops / 1e12
+  x = np.geomspace(low, high, 200)
+  label = f"a large copy, {bandwidth * 1e3:.4g} GB/s"
+  if limit < bandwidth * high:
+    label += f";\nproducts, {limit:.4g} TFLOP/s"
+  axes.plot(x, np.minimum(bandwidth * x, limit), color=INK, linewidth=1.2, label=label)
+  axes.set_xlim(low, high)
+  axes.set_ylim(min(attained) / 2, 1.6 * max(*attained, min(bandwidth * high, limit)))
+
+
+def _name_columns(axes, rows) -> None:
+  """The name of the op above each column of marks, with lines down to it."""
+  columns: dict[tuple[str, str, float], float] = {}
+  for row in rows:
+    key = row["op"], row["pass"], round(row["flop_per_byte"], 2)
+    columns[key] = max(row["tflop_per_s"], columns.get(key, 0))
+  low, high = np.log(axes.get_xlim())
+  ordered = sorted(columns, key=lambda key: key[2])
+  wanted = [(np.log(x) - low) / (high - low) for *_, x in ordered]
+  for (op, pass_, x), at in zip(ordered, _spread(wanted, 0.03)):
+    axes.annotate(
+      op.replace("_", " ") + (" + backward" if pass_ == "forward_backward" else ""),
+      (x, columns[op, pass_, x]),
+      xytext=(at, 1.02),
+      textcoords="axes fraction",
+      rotation=60,
+      rotation_mode="anchor",
+      fontsize=8,
+      color=INK,
+      arrowprops={
+        "arrowstyle": "-",
+        "color": "#cccccc",
+        "linewidth": 0.7,
+        "shrinkB": 4,
+        "relpos": (0, 0),
+      },
+    )
+
+
+def _spread(wanted: Sequence[float], apart: float) -> list[float]:
+  """Ascending positions near those wanted and at least `apart`, their mean kept group by group."""
+  groups: list[list[float]] = []
+  for position in wanted:
+    groups.append([position])
+    while len(groups) > 1 and _right(groups[-2], apart) + apart > _left(groups[-1], apart):
+      groups[-2:] = [groups[-2] + groups[-1]]
+  return [_left(g, apart) + apart * i for g in groups for i in range(len(g))]
+
+
+def _left(group, apart) -> float:
+  return sum(group) / len(group) - apart * (len(group) - 1) / 2
+
+
+def _right(group, apart) -> float:
+  return _left(group, apart) + apart * (len(group) - 1)
+
+
+def _legend(axes, rows, colors, marks) -> None:
+  line = functools.partial(Line2D, [], [], linestyle="")
+  handles = [line(marker="o", color=color, label=name) for name, color in colors.items()]
+  passes = {"forward": INK, "forward_backward": "white"}
+  handles += [
+    line(marker="o", color=INK, markerfacecolor=face, label=name.replace("_", " + "))
+    for name, face in passes.items()
+    if _having(rows, **{"pass": name})
+  ]
+  if len(marks) > 1:
+    handles += [line(marker=mark, color="#999999", label=name) for name, mark in marks.items()]
+  handles += axes.get_legend_handles_labels()[0]
+  device = rows[0]["device"]
+  title = device if len(device) > 3 else device.upper()
+  axes.legend(
+    handles=handles,
+    title=title,
+    alignment="left",
+    loc="center left",
+    bbox_to_anchor=(1.0, 0.5),
+    fontsize=8.5,
+  )
+
+
+def _canvas(width: float = 7.2, height: float = 4.2):
+  figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
   FigureCanvasAgg(figure)
   axes = figure.add_subplot()
   axes.grid(axis="y")

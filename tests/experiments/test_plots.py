@@ -108,3 +108,45 @@ def test_bits_per_byte_by_position(tmp_path, drawn):
 def test_counts_are_short():
   counts = {0: "0", 500: "500", 1000: "1k", 2_500_000: "2.5M", 1e9: "1G"}
   assert {number: plots._count(number) for number in counts} == counts
+
+
+def _row(**fields):
+  row = {"op": "gla", "implementation": "chunked", "pass": "forward", "dtype": "bfloat16"}
+  row |= {"B": 2, "T": 16, "ms": 1.0, "flop_per_byte": 50.0, "tflop_per_s": 5.0}
+  return row | {"copy_gb_per_s": 3000.0, "device": "NVIDIA H200"} | fields
+
+
+def test_roofline_marks_every_row_under_its_roofs(tmp_path, drawn):
+  rows = [
+    _row(),
+    _row(**{"pass": "forward_backward", "flop_per_byte": 60.0, "T": 32}),
+    _row(implementation="a peer", op="ssd", flop_per_byte=400.0, tflop_per_s=100.0),
+    _row(ms=None, tflop_per_s=None, implementation="pallas"),
+    {"op": "train_step", "ms": 3.0},
+  ]
+  plots.roofline(rows, tmp_path / "roofline.png")
+  assert matplotlib.image.imread(tmp_path / "roofline.png").shape == (810, 1350, 4)
+  (axes,) = drawn
+  *marks, roof = axes.lines
+  assert [(mark.get_xdata()[0], mark.get_ydata()[0]) for mark in marks] == [
+    (50.0, 5.0),
+    (60.0, 5.0),
+    (400.0, 100.0),
+  ]
+  filled, hollow, peer = marks
+  assert hollow.get_markerfacecolor() == "white" != filled.get_markerfacecolor()
+  assert filled.get_marker() != hollow.get_marker() and peer.get_color() != filled.get_color()
+  x, y = roof.get_data()
+  np.testing.assert_allclose(y, np.minimum(3.0 * x, 800.0))
+  assert [text.get_text() for text in axes.texts] == ["gla", "gla + backward", "ssd"]
+  legend = [text.get_text() for text in axes.get_legend().get_texts()]
+  assert legend[:4] == ["chunked", "a peer", "forward", "forward + backward"]
+  assert legend[4:6] == ["B2 T16", "B2 T32"] and legend[6].startswith("a large copy, 3000 GB/s")
+  with pytest.raises(UserError, match="nothing was measured"):
+    plots.roofline(rows[3:], tmp_path / "none.png")
+
+
+def test_names_stand_apart_and_in_order():
+  spread = plots._spread([0.1, 0.5, 0.5, 0.51, 0.9], 0.03)
+  assert spread[0] == 0.1 and spread[4] == 0.9 and (np.diff(spread) >= 0.03 - 1e-9).all()
+  assert sum(spread[1:4]) / 3 == pytest.approx((0.5 + 0.5 + 0.51) / 3)
