@@ -1,6 +1,7 @@
 """A transformer with rotary positions on the Austen corpus: the baseline.
 
 python run.py --config=configs/austen_transformer.py
+python run.py --config=configs/austen_transformer.py:small
 """
 
 from configs import austen_mamba, defaults
@@ -14,4 +15,11 @@ def get_config(arg=None):
   config.model.attention.H = 5
   config.model.attention.context = 512
   config.model.attention.mlp_width = 272
-  return defaults.variant(config, arg)
+  return defaults.variant(config, arg, small=_small)
+
+
+def _small(config):
+  austen_mamba.small(config)
+  config.model.attention.H = 3
+  config.model.attention.context = 256
+  config.model.attention.mlp_width = 160

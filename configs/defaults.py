@@ -271,6 +271,7 @@ def _tiny(config):
   config.model.D = 32
   config.model.L = len(config.model.pattern)
   config.model.vocab_size = 264
+  config.model.tied = True
   config.model.remat = "none"
   config.model.unroll = 1
   config.model.dtype = "float32"

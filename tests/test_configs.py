@@ -18,6 +18,7 @@ NAMES = sorted(
   for path in pathlib.Path(configs.__file__).parent.glob("*.py")
   if path.stem != "__init__"
 )
+AUSTEN = [name for name in NAMES if name.startswith("austen_")]
 
 
 def get(name, arg=None):
@@ -35,15 +36,27 @@ def keys(config, prefix=""):
   return found
 
 
+def make_quick(config):
+  """Orders of every op what is traced and compiled fastest; the ops' tests compare them."""
+  for kind in config.model.pattern:
+    if "implementation" in config.model[kind]:
+      config.model[kind].implementation = "recurrent"
+
+
+def count(config):
+  """Parameters of a config's model."""
+  make_quick(config)
+  return lm.parameter_count(train_step.model_config(config))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_has_the_same_fields_and_describes_a_model(name):
   groups = ["data", "model", "optim", "schedule", "mesh", "train", "eval", "checkpoint", "log"]
-  for arg in (None, "", "tiny"):
+  for arg in (None, "", "tiny", *(["small"] if name in AUSTEN else [])):
     config = get(name, arg)
     assert set(groups) <= set(config)
     assert keys(config) == keys(get("defaults"))
-    model = train_step.model_config(config)
-    assert lm.parameter_count(model) > 1000
+    assert train_step.model_config(config).repeats >= 1
     assert config.train.batch_size % config.train.accumulate == 0
 
 
@@ -88,29 +101,84 @@ def check_defaults(group, dataclass, elsewhere, changed):
   assert mine == {**fields, **changed}
 
 
-def test_the_austen_models_are_of_one_size():
-  counts = {
-    name: lm.parameter_count(train_step.model_config(get(f"austen_{name}")))
-    for name in ("mamba", "hybrid", "transformer")
-  }
+@pytest.mark.parametrize("arg, millions", [(None, 4.1), ("small", 1.0)])
+def test_the_austen_models_are_of_one_size(arg, millions):
+  counts = {name: lm.parameter_count(train_step.model_config(get(name, arg))) for name in AUSTEN}
+  assert len(counts) >= 9
   assert max(counts.values()) / min(counts.values()) < 1.02, counts
-  millions = counts["mamba"] / 1e6
-  assert f"{millions:.1f}M parameters" in importlib.import_module("configs.austen_mamba").__doc__
+  assert counts["austen_mamba"] / 1e6 == pytest.approx(millions, abs=0.05)
+  assert "4.1M parameters" in importlib.import_module("configs.austen_mamba").__doc__
 
 
-def test_the_austen_models_see_the_same_batches():
-  batches = [
-    (config.data.to_dict(), config.train.batch_size, config.train.steps, config.train.seed)
-    for config in (get(f"austen_{name}") for name in ("mamba", "hybrid", "transformer"))
-  ]
-  assert batches[0] == batches[1] == batches[2]
+@pytest.mark.parametrize("arg", [None, "small"])
+def test_the_austen_models_differ_in_nothing_but_the_model(arg):
+  runs = []
+  for name in AUSTEN:
+    config = get(name, arg).to_dict()
+    del config["model"]
+    runs.append(config)
+  assert all(run == runs[0] for run in runs)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+  "name, size, expected",
+  [
+    ("gla", "130m", 109_757_952),
+    ("gla", "340m", 341_707_776),
+    ("gla", "1b3", 1_365_514_240),
+    ("deltanet", "130m", 109_697_280),
+    ("deltanet", "340m", 341_594_112),
+    ("deltanet", "1b3", 1_365_677_056),
+    ("gated_deltanet", "130m", 107_309_628),
+    ("gated_deltanet", "340m", 347_036_712),
+    ("gated_deltanet", "1b3", 1_387_348_732),
+    ("gated_deltanet", "kda_1b3", 1_390_941_568),
+    ("retnet", "1b3", 1_351_727_104),
+    ("mamba2", "130m", 128_989_632),
+    ("mamba2", "370m", 368_346_624),
+    ("mamba2", "780m", 780_161_280),
+    ("mamba2", "1b3", 1_343_757_312),
+    ("mamba2", "2b7", 2_702_599_680),
+  ],
+)
+def test_the_sizes_of_the_language_models(name, size, expected):
+  config = get(f"{name}_lm", size)
+  assert count(config) == expected == formula(config.model)
+  assert f"{expected:,}" in importlib.import_module(f"configs.{name}_lm").__doc__
+
+
+def formula(model):
+  """Parameters of a published model, counted by hand."""
+  (name,), D = model.pattern, model.D
+  c = model[name]
+  if name == "mamba2":
+    inner, H, BC = 2 * D, 2 * D // 64, 2 * c.N
+    mixer = D * (2 * inner + BC + H) + 5 * (inner + BC) + 3 * H + inner + inner * D
+    return model.vocab_size * D + D + model.L * (D + mixer)
+  ratio = {"retnet": 2}.get(name, 4)
+  mlp = 3 * D * 256 * -(-int(D * ratio * 2 / 3) // 256)
+  if name == "gla":
+    mixer = 4 * D * D + 16 * D + 17 * D // 2 + D // c.H
+  elif name == "retnet":
+    mixer = 8 * D * D + 2 * D // c.H
+  elif name == "deltanet":
+    mixer = 4 * D * D + 3 * 4 * D + D * c.H + D // c.H
+  elif name == "gated_deltanet":
+    keys, values = c.H * c.K, 2 * c.H * c.K
+    mixer = D * (2 * keys + 3 * values) + 4 * (2 * keys + values) + 2 * D * c.H + 2 * c.H + 2 * c.K
+  else:
+    low_rank = 2 * (D * c.K + c.K * D) + D
+    mixer = 4 * D * D + low_rank + 3 * 4 * D + D * c.H + c.H + D + c.K
+  embeddings = model.vocab_size * D * (1 if model.tied else 2)
+  return embeddings + D + model.L * (2 * D + mixer + mlp)
+
+
+# The other language models are, at this size, the models on the Austen corpus.
+@pytest.mark.parametrize("name", [n for n in NAMES if not n.endswith("_lm") or n == "mamba_lm"])
 def test_the_tiny_form_takes_two_steps(name):
   config = get(name, "tiny")
   config.data.T = 4
-  config.model.mamba.implementation = "recurrent"  # compiles fastest; the ops' tests compare them
+  make_quick(config)
   mesh = sharding.make_mesh({**config.mesh, "data": 1})
   step = train_step.make_step(config, mesh)
   state = train_step.initialise(config, mesh)
