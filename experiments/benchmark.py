@@ -45,12 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.training:
       rows = benchmark_training.compare_training()
       print(benchmark_training.table(rows))
+      if arguments.json:
+        report.write_rows(rows, arguments.json)
     else:
       rows = _measure(arguments)
-    if arguments.json:
-      report.write_rows(rows, arguments.json)
-    if arguments.plot and not arguments.training:
-      plots.roofline(rows, arguments.plot)
+      if arguments.plot:
+        plots.roofline(rows, arguments.plot)
   except UserError as error:
     parser.exit(error.status, f"error: {error}\n")
   return int(any(row.get("failure") for row in rows))
@@ -87,6 +87,9 @@ def _measure(arguments) -> list[dict]:
 
   def show(measured):
     rows.extend(measured)
+    # As it goes: a long table may be interrupted.
+    if arguments.json:
+      report.write_rows(rows, arguments.json)
     print(*report.lines(measured), sep="\n", flush=True)
 
   print(report.HEAD)
