@@ -12,6 +12,7 @@ Each of `Hq` query and key heads serves M = H / Hq value heads; inside, heads ha
 M, so that q and k are never repeated.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ops import dispatch
+from ops.kernels.gpu import scalar_decay
 from ops.linear_attention_chunked import chunked, parallel
 from ops.precision import state_dtype
 from ops.segments import Segments, find_segments, quarantine, where_mask
@@ -28,7 +30,7 @@ FORGOTTEN = -1e9  # a logarithm of a decay that leaves exactly nothing
 
 
 class Tokens(NamedTuple):
-  """What the implementations take: one dtype, q scaled, padding and poison zeroed."""
+  """What the implementations take, beside the scale of q: one dtype, padding and poison zeroed."""
 
   q: Float[Array, "B T Hq K"]
   k: Float[Array, "B T Hq K"]
@@ -118,7 +120,7 @@ def linear_attention(
     segments = find_segments(segment_ids)
     arrays, state, spoilt = quarantine(segments, arrays, state)
   q, k, *by_head = arrays
-  q = q * (K**-0.5 if scale is None else scale)
+  scale = K**-0.5 if scale is None else scale
   group = lambda x: None if x is None else x.reshape(*x.shape[:2], Hq, H // Hq, *x.shape[3:])
   tokens = Tokens(q, k, *map(group, by_head), segments)
   state = state.reshape(B, Hq, H // Hq, K, V)
@@ -126,9 +128,12 @@ def linear_attention(
   states = None
   if tree_mask is not None:
     accepted = T - 1 if accepted is None else T - 1 - accepted if reverse else accepted
-    o, state, states = tree_attention(tokens, state, tree_mask, accepted, emit_states, precision)
+    o, state, states = tree_attention(
+      _scaled(tokens, scale), state, tree_mask, accepted, emit_states, precision
+    )
   else:
-    o, state, states = _run_emitting(run, tokens, state, chunk_size, precision, emit_states)
+    run = functools.partial(run, scale=scale, chunk_size=chunk_size, precision=precision)
+    o, state, states = _run_emitting(run, tokens, state, scale, precision, emit_states)
   o, state = o.reshape(B, T, H, V), state.reshape(B, H, K, V)
   if states is not None:
     states = states.reshape(B, emit_states, H, K, V)
@@ -198,19 +203,26 @@ def _check_tree(v, tree_mask, accepted, implementation):
     raise ValueError(f"tree_mask has shape {tree_mask.shape}, expected [T T] or [B T T] with T={T}")
   if accepted is not None and accepted.shape != (B,):
     raise ValueError(f"accepted has shape {accepted.shape}, expected [B] with B={B}")
+  if accepted is not None and not jnp.issubdtype(accepted.dtype, jnp.integer):
+    raise ValueError(f"accepted has dtype {accepted.dtype}, expected an integer")
 
 
-def _run_emitting(run, tokens, state, chunk_size, precision, emit_states):
+def _run_emitting(run, tokens, state, scale, precision, emit_states):
   """`run` over the tokens; the last `emit_states` of them one by one, to see each state."""
   if not emit_states:
-    return *run(tokens, state, chunk_size, precision), None
+    return *run(tokens, state), None
   at = tokens.v.shape[1] - emit_states
   outputs = []
   if at:
-    o, state = run(jax.tree.map(lambda x: x[:, :at], tokens), state, chunk_size, precision)
+    o, state = run(jax.tree.map(lambda x: x[:, :at], tokens), state)
     outputs.append(o)
-  o, state, states = _step_by_step(jax.tree.map(lambda x: x[:, at:], tokens), state, precision)
+  rest = jax.tree.map(lambda x: x[:, at:], tokens)
+  o, state, states = _step_by_step(_scaled(rest, scale), state, precision)
   return jnp.concatenate([*outputs, o], axis=1), state, states
+
+
+def _scaled(tokens, scale):
+  return tokens._replace(q=tokens.q * scale)
 
 
 def _step_by_step(tokens, state, precision):
@@ -235,28 +247,38 @@ def _step_by_step(tokens, state, precision):
   return jnp.moveaxis(o, 0, 1), state, jnp.moveaxis(states, 0, 1)
 
 
-def _recurrent(tokens, state, chunk_size, precision):
-  return _step_by_step(tokens, state, precision)[:2]
+def _recurrent(tokens, state, scale, chunk_size, precision):
+  return _step_by_step(_scaled(tokens, scale), state, precision)[:2]
+
+
+def _chunked(tokens, state, scale, chunk_size, precision):
+  return chunked(_scaled(tokens, scale), state, chunk_size, precision)
+
+
+def _parallel(tokens, state, scale, chunk_size, precision):
+  return parallel(_scaled(tokens, scale), state, precision)
 
 
 def _preference(*, v, **arguments):
   # One token needs no scores.
-  return ["recurrent", "chunked"] if v.shape[1] == 1 else ["chunked"]
+  return ["recurrent", "chunked"] if v.shape[1] == 1 else ["pallas", "chunked"]
 
 
 dispatch.declare(
   "linear_attention",
   {
     "chunked": dispatch.Implementation(
-      chunked, dispatch.anything, "pairs inside chunks, states between them"
+      _chunked, dispatch.anything, "pairs inside chunks, states between them"
     ),
     "recurrent": dispatch.Implementation(
       _recurrent, dispatch.anything, "T steps, every state kept for gradients"
     ),
     "parallel": dispatch.Implementation(
-      parallel, dispatch.anything, "scores of all pairs, T squared of them"
+      _parallel, dispatch.anything, "scores of all pairs, T squared of them"
     ),
-    "pallas": dispatch.NO_KERNEL,
+    "pallas": dispatch.Implementation(
+      scalar_decay.run, scalar_decay.supports, "one pass over memory, states on chip"
+    ),
   },
   _preference,
 )

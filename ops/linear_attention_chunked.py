@@ -9,9 +9,8 @@ With b the sum of gates from the chunk's start, to its end e, and S the state be
   S'    = exp(b_C) S + (K exp(e))^T V'
 
 Several chunks make a segment. All that does not depend on the state is done for a segment at once;
-for gradients, the states between segments are kept and the rest is computed again.
-
-Bigger products than the state's own shape never occur, so time and memory are linear in T.
+for gradients, the states between segments are kept and the rest is computed again. Time and memory
+are linear in T.
 """
 
 import functools
@@ -20,12 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ops import dispatch
 from ops.decayed_scores import pair_decays, scalar_scores, sum_gates, vector_scores
 from ops.segments import where_mask
 from ops.triangular import solve, unit_lower_inverse
 
 DEFAULT_CHUNK = 64  # tokens
-SEGMENT = 512  # tokens whose chunks are computed together; states are kept between segments
+# Tokens whose chunks are computed together: what a CPU's caches hold; elsewhere, few launches.
+SEGMENT_ON_CPU, SEGMENT = 256, 4096
 
 
 def chunked(tokens, state, chunk_size, precision):
@@ -33,7 +34,8 @@ def chunked(tokens, state, chunk_size, precision):
   T = tokens.v.shape[1]
   size = min(chunk_size or DEFAULT_CHUNK, _power_of_two(T))
   chunks = -(-T // size)
-  segments = -(-chunks // max(1, SEGMENT // size))
+  together = SEGMENT_ON_CPU if dispatch.platform() == "cpu" else SEGMENT
+  segments = -(-chunks // max(1, together // size))
   per_segment = -(-chunks // segments)
   arrays = _split(tokens, size, segments * per_segment)
   arrays = jax.tree.map(lambda x: x.reshape(segments, per_segment, *x.shape[1:]), arrays)
@@ -42,7 +44,7 @@ def chunked(tokens, state, chunk_size, precision):
   return _join(o.reshape(-1, *o.shape[2:]), size, T), state
 
 
-def parallel(tokens, state, chunk_size, precision):
+def parallel(tokens, state, precision):
   """The quadratic form: the whole sequence is one chunk."""
   T = tokens.v.shape[1]
   state, o = _segment(precision, False, state, _split(tokens, T, 1))

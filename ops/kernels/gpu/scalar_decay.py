@@ -23,7 +23,9 @@ HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 MULTIPROCESSORS = 132
 
 
-def supports(*, q, k, v, log_decay, beta, segment_ids, chunk_size, **arguments) -> dispatch.Reason:
+def supports(
+  *, q, k, v, log_decay, beta, scale, segment_ids, chunk_size, **arguments
+) -> dispatch.Reason:
   """Why the kernels cannot run `linear_attention` on these arguments; None if they can."""
   if dispatch.platform() != "gpu":
     return f"it is for Hopper GPUs, this is a {dispatch.platform()}"
@@ -44,16 +46,15 @@ def supports(*, q, k, v, log_decay, beta, segment_ids, chunk_size, **arguments) 
     return f"it takes bfloat16, q, k, v are {q.dtype}, {k.dtype}, {v.dtype}"
   if q.shape[3] not in WIDTHS or v.shape[3] not in WIDTHS:
     return f"K and V are {q.shape[3]} and {v.shape[3]}, it knows {WIDTHS}"
+  if not isinstance(scale, (int, float, type(None))):
+    return "scale is an array, it takes a number"
   if chunk_size not in (None, CHUNK):
     return f"chunk_size is {chunk_size}, it has chunks of {CHUNK}"
   return None
 
 
-def run(tokens, state, chunk_size, precision, scale=1.0):
-  """Outputs [B T H 1 V] in bfloat16 and the final state [B H 1 K V].
-
-  `tokens.q` times `scale` is the query: a scale given here costs nothing and no digits.
-  """
+def run(tokens, state, scale, chunk_size, precision):
+  """Outputs [B T H 1 V] in bfloat16 and the final state [B H 1 K V]."""
   q, k = (x.astype(jnp.bfloat16) for x in (tokens.q, tokens.k))
   v = tokens.v[:, :, :, 0].astype(jnp.bfloat16)
   if tokens.log_decay is None:
