@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import jax.numpy as jnp
 import numpy as np
 
 import ops
@@ -10,6 +11,10 @@ from ops import reference
 
 # Decay rates per token (nats), one per channel: from no decay at all to all gone in one token.
 RATES = np.array([0.0, 1e-3, 0.05, 1.0, 20.0, 50.0])
+
+LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 257, 1000)  # tokens
+FEW_LENGTHS = (1, 17, 1000)  # for a loop over tokens, and for what shares its code with another row
+SHORT_LENGTHS = (1, 17, 127)  # for scores of all pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +27,8 @@ class Row:
   shapes: dict[str, str]  # argument -> letters; a letter T marks what has a time axis
   sizes: dict[str, int]
   draw: dict[str, Callable] = field(default_factory=dict)  # argument -> draw(rng, shape)
+  carries: str = "x"  # the argument that an output can take the place of
+  lengths: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by implementation
   chunked: bool = True  # takes chunk_size
   is_complex: bool = False
 
@@ -40,6 +47,9 @@ class Row:
     chunked = self.chunked and implementation == "chunked"
     return {"implementation": implementation, **({"chunk_size": 4} if chunked else {})}
 
+  def lengths_of(self, implementation: str) -> tuple[int, ...]:
+    return self.lengths.get(implementation, LENGTHS)
+
   def tokens(self) -> list[str]:
     return [name for name, letters in self.shapes.items() if "T" in letters.split()]
 
@@ -56,6 +66,23 @@ def _complex_normal(rng, shape):
   return rng.normal(size=shape) + 1j * rng.normal(size=shape)
 
 
+def _unit(rng, shape):
+  x = rng.normal(size=shape)
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def _log_decays(rng, shape):
+  return -rng.permuted(np.resize(RATES, shape), axis=1) * rng.uniform(0.5, 1.5, size=shape)
+
+
+def _ssd_oracle(x, dt, A, B, C, D, *, segment_ids=None, **options):
+  y, state = reference.linear_attention(
+    C, B, dt[..., None] * x, log_decay=dt * A, scale=1.0, segment_ids=segment_ids, **options
+  )
+  real = True if segment_ids is None else (segment_ids >= 0)[..., None, None]
+  return y + jnp.where(real, D[:, None] * x, 0), state
+
+
 def _selective_step(state, token, others):
   skip = {name: others[name] for name in ("A", "D")}
   return ops.selective_scan_step(state, **token, **skip)
@@ -68,13 +95,15 @@ _scan = dict(
   implementations=("recurrent", "parallel", "chunked"),
   shapes={"a": "B T D", "b": "B T D", "initial_state": "B D"},
   sizes={"D": 6},
+  carries="b",
 )
 
 ROWS = [
-  Row("linear_scan", draw={"a": _decays}, **_scan),
+  Row("linear_scan", draw={"a": _decays}, lengths={"recurrent": FEW_LENGTHS}, **_scan),
   Row(
     "linear_scan_complex",
     draw={"a": _rotations, "b": _complex_normal, "initial_state": _complex_normal},
+    lengths=dict.fromkeys(_scan["implementations"], FEW_LENGTHS),
     is_complex=True,
     **_scan,
   ),
@@ -94,6 +123,7 @@ ROWS = [
       "initial_state": "B D N",
     },
     sizes={"D": 4, "N": 6},
+    lengths={"recurrent": FEW_LENGTHS},
     draw={
       "dt": lambda rng, shape: rng.uniform(0.5, 1.5, size=shape),
       "A": lambda rng, shape: -RATES * rng.uniform(0.9, 1.1, size=shape),
@@ -109,7 +139,77 @@ ROWS = [
     implementations=("recurrent", "parallel"),
     shapes={"x": "B T D", "weight": "W D", "bias": "D", "initial_state": "B S D"},
     sizes={"D": 6, "W": 4, "S": 3},
+    lengths={"recurrent": FEW_LENGTHS},
     chunked=False,
+  ),
+  # The fronts of `linear_attention` share their code: among these rows are a decay of either kind,
+  # the delta rule, heads that share a key, and every implementation, once.
+  Row(
+    "ssd",
+    op=ops.ssd,
+    step=lambda state, token, others: ops.ssd_step(state, **token, A=others["A"], D=others["D"]),
+    oracle=_ssd_oracle,
+    implementations=("chunked",),
+    shapes={
+      "x": "B T H V",
+      "dt": "B T H",
+      "A": "H",
+      "B": "B T G N",
+      "C": "B T G N",
+      "D": "H",
+      "initial_state": "B H N V",
+    },
+    sizes={"H": 4, "G": 2, "N": 3, "V": 5},
+    lengths={"chunked": FEW_LENGTHS},
+    draw={
+      "dt": lambda rng, shape: rng.uniform(0.0, 2.0, size=shape),
+      "A": lambda rng, shape: -np.array([1e-3, 0.05, 1.0, 20.0]),
+    },
+  ),
+  Row(
+    "gla",
+    op=ops.gla,
+    step=lambda state, token, others: ops.gla_step(state, **token),
+    oracle=lambda q, k, v, g, **options: reference.linear_attention(
+      q, k, v, log_decay=g, **options
+    ),
+    implementations=("chunked",),
+    shapes={
+      "q": "B T Hq K",
+      "k": "B T Hq K",
+      "v": "B T H V",
+      "g": "B T H K",
+      "initial_state": "B H K V",
+    },
+    sizes={"H": 4, "Hq": 2, "K": 5, "V": 3},
+    carries="v",
+    draw={"g": _log_decays},
+  ),
+  Row(
+    "gated_delta_rule",
+    op=ops.gated_delta_rule,
+    step=lambda state, token, others: ops.gated_delta_rule_step(state, **token),
+    oracle=lambda q, k, v, g, beta, **options: reference.linear_attention(
+      q, k, v, log_decay=g, beta=beta, **options
+    ),
+    implementations=("recurrent", "parallel", "chunked"),
+    shapes={
+      "q": "B T Hq K",
+      "k": "B T Hq K",
+      "v": "B T H V",
+      "g": "B T H",
+      "beta": "B T H",
+      "initial_state": "B H K V",
+    },
+    sizes={"H": 4, "Hq": 2, "K": 4, "V": 6},
+    carries="v",
+    lengths={"recurrent": FEW_LENGTHS, "parallel": SHORT_LENGTHS},
+    draw={
+      "q": _unit,
+      "k": _unit,
+      "g": _log_decays,
+      "beta": lambda rng, shape: rng.uniform(0.0, 2.0, size=shape),
+    },
   ),
 ]
 

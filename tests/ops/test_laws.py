@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tests.ops.compare import cast, check, compiled, run, segment_ids, truth, widen
 from tests.ops.table import ROWS, case_name, cases
+from tests.quick_compilation import quick_compilation as quick_compilation
 
 every_case = pytest.mark.parametrize(("row", "implementation"), cases(), ids=case_name)
 every_row = pytest.mark.parametrize("row", ROWS, ids=case_name)
@@ -26,22 +27,18 @@ def truth_of(row, T, dtype="float32", packed=True, reverse=False):
   return truth(row.oracle, inputs_of(row, T, dtype), segment_ids=ids, reverse=reverse)
 
 
-LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 257, 1000]
-FEW_LENGTHS = [1, 17, 1000]  # for a loop over tokens, and for what shares its code with another row
-
-
 @pytest.mark.parametrize(
   ("row", "implementation", "T"),
   [
     (row, implementation, T)
     for row, implementation in cases()
-    for T in (FEW_LENGTHS if implementation == "recurrent" or row.is_complex else LENGTHS)
+    for T in row.lengths_of(implementation)
   ],
   ids=case_name,
 )
 def test_equals_oracle(row, implementation, T):
   options = row.short_chunks(implementation)
-  if T in (2, 17, 1000):
+  if T in (2, 17, 64, 65, 1000):
     options = dict(implementation=implementation)
   actual = run(row.op, inputs_of(row, T), segment_ids=segment_ids(T), **options)
   check(actual, truth_of(row, T))
@@ -260,7 +257,7 @@ def test_sharded_equals_unsharded(row, implementation):
   """Batch and channels split over eight devices, as XLA partitions the op by itself."""
   T = 17
   mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-  axes = {"B": "data", "D": "tensor"}
+  axes = {"B": "data", "D": "tensor", "H": "tensor"}
   place = lambda letters: NamedSharding(mesh, PartitionSpec(*map(axes.get, letters.split())))
   inputs = {
     name: jax.device_put(x, place(row.shapes[name])) for name, x in inputs_of(row, T).items()
@@ -278,15 +275,14 @@ def test_composes_with_vmap_remat_and_scan(row, implementation):
   inputs, ids = inputs_of(row, T), segment_ids(T)
   twice = jax.tree.map(lambda x: np.stack([x, x[::-1] if x.shape[0] == 4 else x]), inputs)
   ids_twice = np.stack([ids, ids[::-1]])
-  last = row.tokens()[-1] if row.name.startswith("linear") else row.tokens()[0]
 
   def layers(op, inputs, ids, wrap):
     @wrap
     def layer(x, _):
-      o, state = op(**{**inputs, last: x}, segment_ids=ids)
+      o, state = op(**{**inputs, row.carries: x}, segment_ids=ids)
       return o, state
 
-    x, states = jax.lax.scan(layer, inputs[last], length=3)
+    x, states = jax.lax.scan(layer, inputs[row.carries], length=3)
     return x, states
 
   def mapped(**inputs):
