@@ -120,7 +120,7 @@ def conv_state(config: Any, batch: int, channels: Mapping[str, int]) -> dict[str
 
 def recurrence_flops(K: int, V: int, *, decay: bool = True, delta: bool = False) -> float:
   """Operations of one head for one token: decay, the delta rule's residual, write and read."""
-  return K * V * (4 + decay + 2 * delta) + 2 * V * delta
+  return float(K * V * (4 + decay + 2 * delta) + 2 * V * delta)
 
 
 def wide(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -22,6 +22,8 @@ def make_config(pattern=("mamba",), **fields):
   config.model.vocab_size = VOCABULARY
   config.model.mamba.N = 2
   config.model.mamba.implementation = "recurrent"
+  for name in ("mamba2", "gla", "retnet", "deltanet", "gated_deltanet", "kda"):
+    config.model[name].implementation = "recurrent"
   for attention in (config.model.attention, config.model.sliding_attention):
     attention.H, attention.K, attention.mlp_width = 8, 2, 16
   config.model.sliding_attention.window = 4

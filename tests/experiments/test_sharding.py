@@ -9,11 +9,13 @@ import pytest
 
 from experiments import sharding, train_step
 from experiments.errors import UserError
+from lm_models import lm
 from tests.experiments.small import Run, make_batch, make_config
 from tests.quick_compilation import quick_compilation as quick_compilation
 
 P = jax.P
 EVERY_KIND = ("mamba", "sliding_attention", "attention")
+MATRIX_STATE = ("mamba2", "gla", "retnet", "deltanet", "gated_deltanet", "kda")
 FACTORISATIONS = [
   (data, fsdp, 8 // data // fsdp)
   for data in (1, 2, 4, 8)
@@ -58,6 +60,7 @@ def train(run, before):
     (("mamba",), "adamw", (2, 2, 2)),
     (("attention",), "adamw", (2, 2, 2)),
     (("mamba", "sliding_attention"), "muon", (2, 2, 2)),
+    (("mamba2", "kda"), "adamw", (2, 2, 2)),
   ],
 )
 def test_training_on_any_mesh_is_training_on_one_device(pattern, optimizer, mesh):
@@ -79,6 +82,26 @@ def test_training_on_any_mesh_is_training_on_one_device(pattern, optimizer, mesh
     assert matrices
     for leaf in matrices:
       assert leaf.addressable_shards[0].data.size * fsdp * tensor == leaf.size
+
+
+def test_models_with_a_matrix_state_are_split_by_heads():
+  mesh = sharding.make_mesh(sizes(fsdp=4, tensor=2))
+  config = train_step.model_config(make_config(MATRIX_STATE))
+  params = jax.eval_shape(functools.partial(lm.init, config), jax.random.key(0))
+  placed = sharding.parameter_shardings(mesh, params)
+  whole = [
+    jax.tree_util.keystr(path, simple=True, separator="/")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    if placed_at(placed, path).shard_shape(leaf.shape) == leaf.shape
+  ]
+  assert all("norm/scale" in name or "bc_conv" in name for name in whole), whole
+
+
+def placed_at(tree, path):
+  """The leaf of nested dicts at a key path."""
+  for key in path:
+    tree = tree[key.key]
+  return tree
 
 
 def test_initial_parameters_do_not_depend_on_the_mesh():

@@ -32,6 +32,59 @@ BLOCK_OF_ATTENTION = {
   "mlp/in_proj/kernel": (3, 8, 2, 12),
   "mlp/out_proj/kernel": (3, 12, 8),
 }
+NORM = {"norm/scale": (1, 8), "mixer/norm/scale": (1, 4), "mixer/out_proj/kernel": (1, 8, 8)}
+HEADS = {f"mixer/{name}_proj/kernel": (1, 8, 2, 4) for name in ("query", "key", "value")}
+CONVOLUTIONS = {f"mixer/{name}_conv/conv_weight": (1, 4, 8) for name in ("query", "key", "value")}
+MATRIX_STATE = {
+  "gla": {
+    **NORM,
+    **HEADS,
+    "mixer/gate_proj/kernel": (1, 8, 2, 4),
+    "mixer/decay_down_proj/kernel": (1, 8, 16),
+    "mixer/decay_up_proj/kernel": (1, 16, 2, 4),
+    "mixer/decay_up_proj/bias": (1, 2, 4),
+  },
+  "retnet": {**NORM, **HEADS, "mixer/gate_proj/kernel": (1, 8, 2, 4)},
+  "deltanet": {**NORM, **HEADS, **CONVOLUTIONS, "mixer/beta_proj/kernel": (1, 8, 2)},
+  "gated_deltanet": {
+    **NORM,
+    **HEADS,
+    **CONVOLUTIONS,
+    "mixer/beta_proj/kernel": (1, 8, 2),
+    "mixer/decay_proj/kernel": (1, 8, 2),
+    "mixer/gate_proj/kernel": (1, 8, 2, 4),
+    "mixer/A_log": (1, 2),
+    "mixer/dt_bias": (1, 2),
+  },
+  "kda": {
+    **NORM,
+    **HEADS,
+    **CONVOLUTIONS,
+    "mixer/beta_proj/kernel": (1, 8, 2),
+    "mixer/decay_down_proj/kernel": (1, 8, 4),
+    "mixer/decay_up_proj/kernel": (1, 4, 2, 4),
+    "mixer/gate_down_proj/kernel": (1, 8, 4),
+    "mixer/gate_up_proj/kernel": (1, 4, 2, 4),
+    "mixer/gate_up_proj/bias": (1, 2, 4),
+    "mixer/A_log": (1, 2),
+    "mixer/dt_bias": (1, 2, 4),
+  },
+  "mamba2": {
+    "norm/scale": (1, 8),
+    "mixer/norm/scale": (1, 1, 16),
+    "mixer/in_proj/kernel": (1, 8, 2, 16),
+    "mixer/bc_proj/kernel": (1, 8, 2, 1, 3),
+    "mixer/dt_proj/kernel": (1, 8, 4),
+    "mixer/out_proj/kernel": (1, 16, 8),
+    "mixer/x_conv/conv_weight": (1, 4, 16),
+    "mixer/x_conv/conv_bias": (1, 16),
+    "mixer/bc_conv/conv_weight": (1, 4, 6),
+    "mixer/bc_conv/conv_bias": (1, 6),
+    "mixer/A_log": (1, 4),
+    "mixer/dt_bias": (1, 4),
+    "mixer/skip": (1, 4),
+  },
+}
 # Checkpoints outlive code: what is listed here may be added to, never renamed.
 PARAMETERS = {
   "embedding": (13, 8),
@@ -57,6 +110,25 @@ def test_parameter_names_and_shapes(remat):
   assert names_and_shapes(make_config("three", L=9, tied=False, remat=remat)) == PARAMETERS
 
 
+@pytest.mark.parametrize("name", MATRIX_STATE)
+def test_parameter_names_and_shapes_of_models_with_a_matrix_state(name):
+  quick = {"implementation": "recurrent", "mlp_width": 0}
+  heads = {**quick, "H": 2}
+  options = {
+    "mamba2": {**quick, "P": 4, "N": 3},
+    "gla": {**heads, "expand_k": 1.0},
+    "retnet": {**heads, "expand_v": 1.0},
+    "deltanet": heads,
+    "gated_deltanet": {**heads, "K": 4, "expand_v": 1.0},
+    "kda": {**heads, "K": 4},
+  }
+  config = lm.make_config(vocab_size=13, D=8, L=1, pattern=(name,), **options)
+  found = names_and_shapes(config)
+  prefix = f"blocks/0_{name}/"
+  block = {path[len(prefix) :]: shape for path, shape in found.items() if path.startswith(prefix)}
+  assert block == MATRIX_STATE[name]
+
+
 def test_a_tied_model_has_no_head():
   tied = names_and_shapes(make_config("three", L=9, tied=True))
   assert tied == {name: shape for name, shape in PARAMETERS.items() if "head" not in name}
@@ -78,6 +150,21 @@ def test_the_published_models_have_the_published_sizes(size, count):
       "pattern": ("mamba", "sliding_attention"),
       "mamba": {"implementation": "recurrent"},
       "sliding_attention": {"window": 8},
+    },
+    {
+      "pattern": ("gla", "mamba2"),
+      "gla": {"implementation": "recurrent", "kv_heads": 2, "W": 4},
+      "mamba2": {"implementation": "recurrent", "N": 16, "P": 16},
+    },
+    {
+      "pattern": ("deltanet", "retnet"),
+      "deltanet": {"implementation": "recurrent", "H": 2, "use_gate": True},
+      "retnet": {"implementation": "recurrent", "H": 2},
+    },
+    {
+      "pattern": ("gated_deltanet", "kda"),
+      "gated_deltanet": {"implementation": "recurrent", "H": 1, "value_heads": 2, "K": 32},
+      "kda": {"implementation": "recurrent", "H": 2, "K": 32},
     },
   ],
 )
