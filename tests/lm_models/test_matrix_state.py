@@ -103,7 +103,7 @@ def initial(module, **fields):
 def test_gated_deltanet_starts_as_published(decay, low):
   _, p = initial(gated_deltanet, D=16, H=200, K=4, expand_v=1.0, decay=decay)
   A = np.exp(p["A_log"].astype(np.float64))
-  assert np.isfinite(p["A_log"]).all() and A.shape == (200,)
+  assert A.shape == (200,) and A.min() > 0.999 * max(low, 1e-4)
   assert stats.kstest(A, "uniform", (low, 16 - low)).pvalue > 1e-3
   dt = np.log(oracle.softplus(p["dt_bias"].astype(np.float64))).ravel()
   assert len(dt) == {"scalar": 200, "vector": 800}[decay]
