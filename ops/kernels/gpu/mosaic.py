@@ -43,6 +43,17 @@ def product(shape, left, right, meanwhile: Callable[[], None] = lambda: None) ->
   return pl.run_scoped(body, plgpu.ACC(shape, jnp.float32))
 
 
+def product_and(shape, left, right, meanwhile: Callable):
+  """left @ right in float32, and what `meanwhile` makes while the tensor cores work."""
+
+  def body(accumulator):
+    plgpu.wgmma(accumulator, left, right)
+    made = meanwhile()
+    return accumulator[...], made
+
+  return pl.run_scoped(body, plgpu.ACC(shape, jnp.float32))
+
+
 def products(shape, terms) -> jax.Array:
   """The sum of left @ right over the terms (left, right) in float32."""
 
