@@ -7,14 +7,19 @@ Gates enter as sums within a chunk of 64 tokens, and pairs as differences of suc
 very strong decay would leave few digits to the gates beside it, so that none counts for more than
 63: what is left of a state then, 4e-28 of it, is nothing beside the next token, and sums stay below
 4096, where differences are good to 5e-4, finer than the operands' own 4e-3.
+
+Where B H is less than the GPU has multiprocessors, the sequence is cut in segments: a first kernel
+finds what each adds to the state, all at once, and their states follow one from the other.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from ops import dispatch
+from ops.segments import where_mask
 
 CHUNK = 64  # tokens: the rows of one wgmma
 WIDTHS = (64, 128)  # K and V for which there are tilings
@@ -23,9 +28,7 @@ HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 MULTIPROCESSORS = 132
 
 
-def supports(
-  *, q, k, v, log_decay, beta, scale, segment_ids, chunk_size, **arguments
-) -> dispatch.Reason:
+def supports(*, q, k, v, log_decay, beta, scale, chunk_size, **arguments) -> dispatch.Reason:
   """Why the kernels cannot run `linear_attention` on these arguments; None if they can."""
   if dispatch.platform() != "gpu":
     return f"it is for Hopper GPUs, this is a {dispatch.platform()}"
@@ -38,10 +41,6 @@ def supports(
     return "it has no delta rule"
   if log_decay is not None and log_decay.ndim == 4:
     return "it has one decay per head, log_decay has one per row of the state"
-  if segment_ids is not None:
-    return "it knows no segment_ids"
-  if q.shape[2] != v.shape[2]:
-    return f"it has no grouped heads, q has {q.shape[2]} and v {v.shape[2]}"
   if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
     return f"it takes bfloat16, q, k, v are {q.dtype}, {k.dtype}, {v.dtype}"
   if q.shape[3] not in WIDTHS or v.shape[3] not in WIDTHS:
@@ -54,104 +53,162 @@ def supports(
 
 
 def run(tokens, state, scale, chunk_size, precision):
-  """Outputs [B T H 1 V] in bfloat16 and the final state [B H 1 K V]."""
-  q, k = (x.astype(jnp.bfloat16) for x in (tokens.q, tokens.k))
-  v = tokens.v[:, :, :, 0].astype(jnp.bfloat16)
+  """Outputs [B T Hq M V] in bfloat16 and the final state [B Hq M K V]."""
+  heads = lambda x: x.reshape(*x.shape[:2], -1, *x.shape[4:])
+  q, k, v = (x.astype(jnp.bfloat16) for x in (tokens.q, tokens.k, heads(tokens.v)))
   if tokens.log_decay is None:
     log_decay = jnp.zeros(v.shape[:3], jnp.float32)
   else:
-    log_decay = tokens.log_decay[..., 0].astype(jnp.float32)
-  o, state = attend(q, k, v, log_decay, state[:, :, 0], scale)
-  return o[:, :, :, None], state[:, :, None]
+    log_decay = heads(tokens.log_decay).astype(jnp.float32)
+  document = None if tokens.segments is None else tokens.segments.document
+  flat = state.astype(jnp.float32).reshape(v.shape[0], v.shape[2], *state.shape[3:])
+  o, flat = attend(q, k, v, log_decay, flat, document, scale)
+  return o.reshape(tokens.v.shape), flat.reshape(state.shape)
 
 
-def attend(q, k, v, log_decay, state, scale, interpret=None):
+def attend(q, k, v, log_decay, state, document, scale, interpret=None):
   """o [B T H V] and the final state for any T, with gradients.
 
   Args:
-    q, k, v: bfloat16 [B T H K], [B T H V].
+    q, k, v: bfloat16 [B T Hq K], [B T H V]; H is a multiple of Hq.
     log_decay: float32 [B T H].
     state: float32 [B H K V].
+    document: int32 [B T], the number of documents that have started, from 0; None is one.
     scale: multiplies q.
     interpret: `plgpu.InterpretGPUParams()` to run on a CPU.
   """
   T = q.shape[1]
   pad = -T % CHUNK
-  # A token of zeros without decay leaves the state as it is.
-  whole = lambda x: jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)) if pad else x
-  o, state = _attend(*map(whole, (q, k, v, log_decay)), state, scale, interpret)
+  if pad:
+    whole = lambda x, **mode: jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2), **mode)
+    # A token of zeros without decay leaves the state as it is.
+    q, k, v, log_decay = map(whole, (q, k, v, log_decay))
+    document = None if document is None else whole(document, mode="edge")
+  o, state = _attend(q, k, v, log_decay, state, document, scale, interpret)
   return o[:, :T], state
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q, k, v, log_decay, state, scale, interpret):
-  return forward(q, k, v, log_decay, state, scale, interpret=interpret)[:2]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _attend(*arguments):
+  return _attend_forward(*arguments, save_every=0)[0]
 
 
-def _attend_forward(q, k, v, log_decay, state, scale, interpret):
-  o, state, before = forward(q, k, v, log_decay, state, scale, save_every=1, interpret=interpret)
-  return (o, state), (q, k, v, log_decay, before)
+def _attend_forward(q, k, v, log_decay, state, document, scale, interpret, save_every=1):
+  call = functools.partial(forward, scale=scale, save_every=save_every, interpret=interpret)
+  o, state, *before = folding_mapped_axes(call)(q, k, v, log_decay, state, document)
+  return (o, state), (q, k, v, log_decay, document, *before)
 
 
 def _attend_backward(scale, interpret, residuals, cotangents):
-  return backward(*residuals, *cotangents, scale, interpret=interpret)
+  call = functools.partial(backward, scale=scale, interpret=interpret)
+  return *folding_mapped_axes(call)(*residuals, *cotangents), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def gate_sums(log_decay):
-  """float32 [B H T]: `log_decay` [B T H] summed from each chunk's start."""
+def folding_mapped_axes(function: Callable) -> Callable:
+  """`function` of arrays [B ...]; under vmap the mapped axis becomes part of B."""
+  folding = jax.custom_batching.custom_vmap(function)
+
+  @folding.def_vmap
+  def _(size, mapped, *arrays):
+    def fold(x, is_mapped):
+      x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
+      return x.reshape(size * x.shape[1], *x.shape[2:])
+
+    out = folding(*jax.tree.map(fold, arrays, tuple(mapped)))
+    unfolded = jax.tree.map(lambda x: x.reshape(size, x.shape[0] // size, *x.shape[1:]), out)
+    return unfolded, jax.tree.map(lambda _: True, out)
+
+  return folding
+
+
+def gates_by_chunk(log_decay, document):
+  """`log_decay` [B T H] summed, and starts in `document` [B T] counted, from each chunk's start."""
+  from ops.kernels.gpu.scalar_decay_gates import Gates
+
   B, T, H = log_decay.shape
-  g = jnp.maximum(log_decay, FLOOR).reshape(B, T // CHUNK, CHUNK, H)
-  return jnp.cumsum(g, axis=2).reshape(B, T, H).transpose(0, 2, 1)
+  chunks = (B, T // CHUNK, CHUNK)
+  g = jnp.maximum(log_decay, FLOOR).reshape(*chunks, H)
+  sums = jnp.cumsum(g, axis=2).reshape(B, T, H).transpose(0, 2, 1)
+  if document is None:
+    return Gates(sums, None)
+  within = document.reshape(chunks) - document_before(document, CHUNK)[:, :, None]
+  return Gates(sums, within.reshape(B, T).astype(jnp.float32))
+
+
+def document_before(document, tokens: int):
+  """[B N]: the document of the token before each piece of so many tokens; 0 before the first."""
+  return jnp.pad(document[:, :-1][:, tokens - 1 :: tokens], ((0, 0), (1, 0)))
+
+
+def choose_tiling(heads: int, chunks: int, V: int):
+  """For `heads` sequences, over all of the batch; by times on an H100."""
+  from ops.kernels.gpu.scalar_decay_forward import Tiling
+
+  segments = max(1, MULTIPROCESSORS // heads)
+  if V == 64 or (segments > 1 and chunks // segments < 32):
+    # Narrow blocks, before segments so short that finding their states costs more than it gains.
+    segments = max(1, MULTIPROCESSORS // (heads * (V // 64)))
+    return Tiling(max(1, min(segments, chunks // 8)), 3, 64)
+  return Tiling(segments, 2 if segments > 1 else 3, 128)
 
 
 def forward(
-  q, k, v, log_decay, state, scale, tiling=None, states_tiling=None, save_every=0, interpret=None
-):
+  q, k, v, log_decay, state, document=None, *, scale, tiling=None, states_tiling=None,
+  save_every=0, interpret=None,
+):  # fmt: skip
   """Outputs, the final state, and with `save_every` the states before every n-th chunk."""
   from ops.kernels.gpu import scalar_decay_forward as kernels
 
-  (B, T, H), V = q.shape[:3], v.shape[3]
+  (B, T, H), V = v.shape[:3], v.shape[3]
   chunks = T // CHUNK
-  if tiling is None:
-    wanted = max(1, MULTIPROCESSORS // (B * H))
-    tiling = kernels.Tiling(min(wanted, -(-chunks // 8)), 3, V)
+  tiling = tiling or choose_tiling(B * H, chunks, V)
   per_segment = -(-chunks // tiling.segments)
   if save_every:
     per_segment = -(-per_segment // save_every) * save_every
   segments = -(-chunks // per_segment)
   tiling = tiling._replace(segments=segments)
-  sums = gate_sums(log_decay)
+  gates = gates_by_chunk(log_decay, document)
   starts = [state]
   if segments > 1:
-    tiling_before = (states_tiling or tiling)._replace(segments=segments - 1)
-    (added,) = kernels.boundary_states(
-      k, v, sums, None, per_segment, tiling_before, interpret=interpret
-    )
-    ends = sums[:, :, CHUNK - 1 :: CHUNK][:, :, : per_segment * (segments - 1)]
-    decays = jnp.exp(jnp.sum(ends.reshape(B, H, segments - 1, per_segment), 3))[..., None, None]
+    before = (states_tiling or tiling)._replace(segments=segments - 1)
+    (added,) = kernels.boundary_states(k, v, gates, None, per_segment, before, interpret=interpret)
+    ends = gates.sums[:, :, CHUNK - 1 :: CHUNK][:, :, : per_segment * (segments - 1)]
+    decays = jnp.exp(jnp.sum(ends.reshape(B, H, segments - 1, per_segment), 3))
+    if document is not None:
+      here = document_before(document, per_segment * CHUNK)
+      decays = jnp.where((here[:, 1:] == here[:, :-1])[:, None], decays, 0)
     for i in range(segments - 1):
-      starts.append(decays[:, :, i] * starts[-1] + added[:, :, i])
+      starts.append(decays[:, :, i, None, None] * starts[-1] + added[:, :, i])
   starts = jnp.stack(starts, axis=2)
-  return kernels.outputs(q, k, v, sums, starts, scale, per_segment, tiling, save_every, interpret)
+  return kernels.outputs(q, k, v, gates, starts, scale, per_segment, tiling, save_every, interpret)
 
 
-def backward(q, k, v, log_decay, before, do, dstate, scale, tiling=None, interpret=None):
+def backward(
+  q, k, v, log_decay, document, before, do, dstate, *, scale, tiling=None, interpret=None
+):
   """Gradients of q, k, v, log_decay and the state, from the states `before` each chunk."""
   from ops.kernels.gpu import scalar_decay_backward as kernels
   from ops.kernels.gpu import scalar_decay_forward as scans
 
-  B, T, H, _ = q.shape
-  sums = gate_sums(log_decay)
+  (B, T, H), Hq = v.shape[:3], q.shape[2]
+  gates = gates_by_chunk(log_decay, document)
   tiling = tiling or scans.Tiling(1, 4, 64)
   dstates, after = scans.boundary_states(
-    q, do, sums, dstate[:, :, None], T // CHUNK, tiling, scale=scale, save=True,
+    q, do, gates, dstate[:, :, None], T // CHUNK, tiling, scale=scale, save=True,
     interpret=interpret,
   )  # fmt: skip
-  dq, dk, dv, gates = kernels.gradients(q, k, v, do, sums, before, after, scale, interpret)
-  db, constant = jnp.moveaxis(gates.sum(2).reshape(B, H, 2, T // CHUNK, CHUNK), 2, 0)
+  dq, dk, dv, parts = kernels.gradients(q, k, v, do, gates, before, after, scale, interpret)
+  if Hq != H:
+    group = lambda x: x.reshape(B, T, Hq, H // Hq, -1).astype(jnp.float32).sum(3).astype(x.dtype)
+    dq, dk = group(dq), group(dk)
+  db, constant = jnp.moveaxis(parts.sum(2).reshape(B, H, 2, T // CHUNK, CHUNK), 2, 0)
   to_end = jnp.flip(jnp.cumsum(jnp.flip(db, 3), 3), 3)
   dg = (to_end + constant.sum(3, keepdims=True)).reshape(B, H, T).transpose(0, 2, 1)
-  return dq, dk, dv, jnp.where(log_decay < FLOOR, 0, dg), dstates[:, :, 0]
+  dg = jnp.where(log_decay < FLOOR, 0, dg)
+  if document is not None:
+    # There is no state to decay where a document starts.
+    dg = where_mask(document == document_before(document, 1), dg)
+  return dq, dk, dv, dg, dstates[:, :, 0]

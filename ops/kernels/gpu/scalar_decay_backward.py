@@ -20,35 +20,35 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ops.kernels.gpu import mosaic
-from ops.kernels.gpu.mosaic import TILED, WGMMA, along_columns, along_rows
-from ops.kernels.gpu.scalar_decay_forward import CHUNK
+from ops.kernels.gpu.mosaic import TILED, WGMMA, along_rows
+from ops.kernels.gpu.scalar_decay_gates import CHUNK, Gates, factors, pairs
 
 TILE = 64
 
 
-def gradients(q, k, v, do, sums, before, after, scale: float, interpret=None):
+def gradients(q, k, v, do, gates: Gates, before, after, scale: float, interpret=None):
   """dq, dk [B T H K], dv [B T H V], and float32 [B H W 2 T]: db, and parts of <S', dS'> that each
-  chunk sums; W shares are to be added.
+  chunk sums; W shares are to be added, and of dq and dk the heads of V that share one of Q and K.
 
   Args:
-    q, k, v, do: [B T H K], [B T H V], T a multiple of the chunk.
-    sums: float32 [B H T], the gates summed within each chunk.
+    q, k, v, do: [B T Hq K], [B T H V], T a multiple of the chunk.
+    gates: float32 [B H T] and [B T].
     before, after: [B H N K V] like `q`, the states before and their gradients after each chunk.
   """
-  B, T, H, K = q.shape
-  V, C, dtype = v.shape[-1], CHUNK, q.dtype
+  (B, T, Hq, K), (H, V) = q.shape, v.shape[2:]
+  C, dtype = CHUNK, q.dtype
   W = 2 if K == V == 128 else 1
   key_tiles, value_tiles = K // TILE, V // TILE
   my_keys, my_values = key_tiles // W, value_tiles // W
   columns = lambda tile: pl.ds(tile * TILE, TILE)
 
-  def kernel(q_hbm, k_hbm, v_hbm, do_hbm, sums_hbm, before_hbm, after_hbm, *outputs):
+  def kernel(q_hbm, k_hbm, v_hbm, do_hbm, gates_hbm, before_hbm, after_hbm, *outputs):
     dq_hbm, dk_hbm, dv_hbm, db_hbm = outputs
     batch, head, chunk = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
-    rows = pl.ds(chunk * C, C)
+    shared, rows = lax.div(head, jnp.int32(H // Hq)), pl.ds(chunk * C, C)
     w = lax.axis_index("thread")
 
-    def run(q_s, k_s, v_s, do_s, state_s, scores_s, dp_s, sums_s, db_s, ready, met):
+    def run(q_s, k_s, v_s, do_s, state_s, scores_s, dp_s, gates_s, db_s, ready, met):
       def meet(n):
         plgpu.barrier_arrive(met.at[n])
         plgpu.barrier_wait(met.at[n])
@@ -61,40 +61,35 @@ def gradients(q, k, v, do, sums, before, after, scale: float, interpret=None):
 
       @pl.when(w == 0)
       def _():
-        plgpu.copy_gmem_to_smem(sums_hbm.at[batch, head, rows], sums_s, ready[0])
-        for source, target, tiles in (
-          (q_hbm, q_s, key_tiles), (k_hbm, k_s, key_tiles),
-          (v_hbm, v_s, value_tiles), (do_hbm, do_s, value_tiles),
+        gates_hbm.fetch(batch, head, chunk, gates_s, ready[0])
+        for source, target, h, tiles in (
+          (q_hbm, q_s, shared, key_tiles), (k_hbm, k_s, shared, key_tiles),
+          (v_hbm, v_s, head, value_tiles), (do_hbm, do_s, head, value_tiles),
         ):  # fmt: skip
           for i in range(tiles):
-            here = source.at[batch, rows, head, columns(i)]
+            here = source.at[batch, rows, h, columns(i)]
             plgpu.copy_gmem_to_smem(here, target.at[i], ready[0])
         fetch_states(before_hbm, 1)
 
       plgpu.barrier_wait(ready[0])
-      row = plgpu.load(sums_s, layout=WGMMA.reduce(1))
-      column = plgpu.load(sums_s, layout=WGMMA.reduce(0))
-      end = sums_s[C - 1]
-      from_start, to_end = jnp.exp(row) * scale, jnp.exp(end - row)
+      from_start, to_end, carry = factors(gates_s)
+      from_start = from_start * scale
 
-      def pairs(left, right, tiles, target):
+      def score(left, right, tiles, target):
         """scale left right^T exp(b_i - b_j), rounded, for i >= j."""
-        i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=WGMMA)
-        j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=WGMMA)
         products = total([(left.at[t], right.at[t].transpose((1, 0))) for t in range(tiles)])
-        exponent = jnp.where(i >= j, along_rows(row, C) - along_columns(column, C), -jnp.inf)
-        target[...] = (products * (jnp.exp(exponent) * scale)).astype(dtype)
+        target[...] = (products * (pairs(gates_s) * scale)).astype(dtype)
 
       def total(terms):
         return mosaic.products((C, TILE), terms)
 
       # Two warpgroups make one each.
       if W == 1:
-        pairs(q_s, k_s, key_tiles, scores_s)
-        pairs(do_s, v_s, value_tiles, dp_s)
+        score(q_s, k_s, key_tiles, scores_s)
+        score(do_s, v_s, value_tiles, dp_s)
       else:
-        pl.when(w == 0)(lambda: pairs(q_s, k_s, key_tiles, scores_s))
-        pl.when(w == 1)(lambda: pairs(do_s, v_s, value_tiles, dp_s))
+        pl.when(w == 0)(lambda: score(q_s, k_s, key_tiles, scores_s))
+        pl.when(w == 1)(lambda: score(do_s, v_s, value_tiles, dp_s))
       plgpu.commit_smem()
       meet(0)
 
@@ -131,7 +126,7 @@ def gradients(q, k, v, do, sums, before, after, scale: float, interpret=None):
         db -= (dk[tile] * keys).sum(1)
         for t in range(value_tiles):
           both = states[tile][t].astype(jnp.float32) * load(state_s.at[at, t])
-          constant += both.sum(1) * jnp.exp(end)
+          constant += both.sum(1) * carry
       for tile in range(my_values):
         at = w * my_values + tile
         across = total([(k_s.at[t], state_s.at[t, at]) for t in range(key_tiles)])
@@ -156,25 +151,25 @@ def gradients(q, k, v, do, sums, before, after, scale: float, interpret=None):
       plgpu.wait_smem_to_gmem(0)
 
     tile = lambda *shape: plgpu.SMEM((*shape, TILE, TILE), dtype, transforms=TILED)
-    arrivals = [1 + 2 * (key_tiles + value_tiles), key_tiles * value_tiles]
+    arrivals = [gates.copies + 2 * (key_tiles + value_tiles), key_tiles * value_tiles]
     pl.run_scoped(
       lambda *refs: run(*refs[:-4], refs[-4:-1], refs[-1]),
       tile(key_tiles), tile(key_tiles), tile(value_tiles), tile(value_tiles),
       tile(key_tiles, value_tiles), tile(), tile(),
-      plgpu.SMEM((C,), jnp.float32), plgpu.SMEM((W, 2, C), jnp.float32),
+      gates.scratch(), plgpu.SMEM((W, 2, C), jnp.float32),
       plgpu.Barrier(num_arrivals=arrivals[0]), plgpu.Barrier(num_arrivals=arrivals[1]),
       plgpu.Barrier(num_arrivals=arrivals[1]), plgpu.Barrier(num_arrivals=W, num_barriers=3),
       collective_axes="thread",
     )  # fmt: skip
 
-  like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+  like = lambda *shape: jax.ShapeDtypeStruct((B, T, H, *shape), dtype)
   return plgpu.kernel(
     kernel,
-    out_type=[like(q), like(k), like(v), jax.ShapeDtypeStruct((B, H, W, 2, T), jnp.float32)],
+    out_type=[like(K), like(K), like(V), jax.ShapeDtypeStruct((B, H, W, 2, T), jnp.float32)],
     grid=(T // C, H, B),
     grid_names=("chunk", "head", "batch"),
     num_threads=W,
     thread_name="thread",
     interpret=interpret,
     compiler_params=mosaic.PARAMS,
-  )(q, k, v, do, sums, before, after)
+  )(q, k, v, do, gates, before, after)

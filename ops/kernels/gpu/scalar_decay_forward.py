@@ -6,7 +6,8 @@ With b the sum of gates from a chunk's start, up to its last C, and S the state 
   S' = exp(b_C) S + K^T (exp(b_C - b) V)
 
 `boundary_states` computes S' alone over segments of many chunks, `outputs` both. A program is one
-segment of one head: one warpgroup per 64 columns of V, and one that loads.
+segment of one head: one warpgroup per 64 columns of V, and one that loads. Head h of V goes with
+head h // (H / Hq) of Q and K. The exponentials are 0 across documents.
 """
 
 from typing import NamedTuple
@@ -18,9 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ops.kernels.gpu import mosaic
-from ops.kernels.gpu.mosaic import TILED, WGMMA, along_columns, along_rows
+from ops.kernels.gpu.mosaic import TILED, WGMMA, along_rows
+from ops.kernels.gpu.scalar_decay_gates import CHUNK, Gates, factors, pairs
 
-CHUNK = 64  # tokens: the rows of one wgmma
 COLUMNS = 64  # of V per warpgroup
 
 
@@ -33,7 +34,7 @@ class Tiling(NamedTuple):
 
 
 def boundary_states(
-  x, y, sums, starts, per_segment: int, tiling: Tiling, *, scale: float | None = None,
+  x, y, gates: Gates, starts, per_segment: int, tiling: Tiling, *, scale: float | None = None,
   save: bool = False, interpret=None,
 ):  # fmt: skip
   """States carried over segments of chunks, or with a `scale` their gradients, from the right.
@@ -41,8 +42,8 @@ def boundary_states(
     S <- exp(b_C) S + X^T (exp(b_C - b) Y)          dS <- exp(b_C) dS + scale X^T (exp(b) Y)
 
   Args:
-    x, y: [B T H K], [B T H V], T a multiple of the chunk.
-    sums: float32 [B H T], the gates summed within each chunk.
+    x, y: [B T Hq K], [B T H V], T a multiple of the chunk.
+    gates: float32 [B H T] and [B T].
     starts: float32 [B H S K V], the state where each segment starts; None is zero.
     per_segment: chunks of a segment.
     scale: None goes from the left to the right.
@@ -51,30 +52,29 @@ def boundary_states(
   Returns:
     float32 [B H S K V], the state where each segment ends, and with `save` [B H N K V] like `x`.
   """
-  B, T, H, K = x.shape
-  V, C, W = y.shape[-1], CHUNK, tiling.block_v // COLUMNS
+  (B, T, Hq, K), (H, V) = x.shape, y.shape[2:]
+  C, W = CHUNK, tiling.block_v // COLUMNS
   chunks, simulated, reverse = T // C, interpret is not None, scale is not None
   stages = min(tiling.stages, per_segment)
 
-  def kernel(x_hbm, y_hbm, sums_hbm, *refs):
-    starts_hbm, refs = (None, refs) if starts is None else (refs[0], refs[1:])
-    ends_hbm, *saved_hbm = refs
+  def kernel(x_hbm, y_hbm, gates_hbm, starts_hbm, ends_hbm, *saved_hbm):
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    shared = lax.div(head, jnp.int32(H // Hq))
     segment = lax.axis_index("segment")
     first = segment * per_segment
     steps = jnp.minimum(jnp.int32(per_segment), chunks - first)
     part = lambda w: pl.ds(lax.axis_index("block") * tiling.block_v + w * COLUMNS, COLUMNS)
     chunk = lambda n: first + (steps - 1 - n if reverse else n)
 
-    def run(x_s, y_s, sums_s, weighted_s, state_s, full, consumed):
+    def run(x_s, y_s, gates_s, weighted_s, state_s, full, consumed):
       def fetch(n, slot):
         rows = pl.ds(chunk(n) * C, C)
-        plgpu.copy_gmem_to_smem(x_hbm.at[batch, rows, head], x_s.at[slot], full.at[slot])
+        plgpu.copy_gmem_to_smem(x_hbm.at[batch, rows, shared], x_s.at[slot], full.at[slot])
         for w in range(W):
           plgpu.copy_gmem_to_smem(
             y_hbm.at[batch, rows, head, part(w)], y_s.at[slot, w], full.at[slot]
           )
-        plgpu.copy_gmem_to_smem(sums_hbm.at[batch, head, rows], sums_s.at[slot], full.at[slot])
+        gates_hbm.fetch(batch, head, chunk(n), gates_s.at(slot), full.at[slot])
 
       def read(wait, release):
         w = lax.axis_index("thread")
@@ -82,9 +82,8 @@ def boundary_states(
 
         def step(n, state):
           slot = wait(n)
-          end = sums_s[slot, C - 1]
-          row = plgpu.load(sums_s.at[slot], layout=WGMMA.reduce(1))
-          weight = jnp.exp(row) * scale if reverse else jnp.exp(end - row)
+          from_start, to_end, carry = factors(gates_s.at(slot))
+          weight = from_start * scale if reverse else to_end
           values = plgpu.load(y_s.at[slot, w], layout=WGMMA).astype(jnp.float32)
           plgpu.wait_smem_to_gmem(0, wait_read_only=True)
           weighted[...] = (values * along_rows(weight, COLUMNS)).astype(y.dtype)
@@ -95,7 +94,7 @@ def boundary_states(
             here = saved_hbm[0].at[batch, head, chunk(n), :, part(w)]
             plgpu.copy_smem_to_gmem(state_s.at[w], here)
           (state,) = mosaic.accumulate(
-            simulated, (state * jnp.exp(end), x_s.at[slot].transpose((1, 0)), weighted)
+            simulated, (state * carry, x_s.at[slot].transpose((1, 0)), weighted)
           )
           release(slot)
           return state
@@ -114,9 +113,8 @@ def boundary_states(
     pl.run_scoped(
       run,
       tile(stages, C, K), tile(stages, W, C, COLUMNS),
-      plgpu.SMEM((stages, C), jnp.float32), tile(W, C, COLUMNS),
-      tile(W, K, COLUMNS) if save else None,
-      plgpu.Barrier(num_arrivals=2 + W, num_barriers=stages),
+      gates.scratch(stages), tile(W, C, COLUMNS), tile(W, K, COLUMNS) if save else None,
+      plgpu.Barrier(num_arrivals=1 + W + gates.copies, num_barriers=stages),
       plgpu.Barrier(num_arrivals=W, num_barriers=stages),
       collective_axes="thread",
     )  # fmt: skip
@@ -132,69 +130,64 @@ def boundary_states(
     thread_name="thread",
     interpret=interpret,
     compiler_params=mosaic.PARAMS,
-  )(x, y, sums, *([] if starts is None else [starts]))
+  )(x, y, gates, starts)
 
 
 def outputs(
-  q, k, v, sums, states, scale: float, per_segment: int, tiling: Tiling, save_every: int = 0,
-  interpret=None,
+  q, k, v, gates: Gates, states, scale: float, per_segment: int, tiling: Tiling,
+  save_every: int = 0, interpret=None,
 ):  # fmt: skip
   """Outputs [B T H V], the final state [B H K V], and the states before some chunks.
 
   Args:
-    q, k, v: [B T H K], [B T H V], T a multiple of the chunk.
-    sums: float32 [B H T], the gates summed within each chunk.
+    q, k, v: [B T Hq K], [B T H V], T a multiple of the chunk.
+    gates: float32 [B H T] and [B T].
     states: float32 [B H S K V], the state before each segment of `per_segment` chunks.
     save_every: n > 0 also returns the state before every n-th chunk, [B H N K V] in the dtype of
       `q`; `per_segment` is a multiple of n.
   """
-  B, T, H, K = q.shape
-  V, C, W = v.shape[-1], CHUNK, tiling.block_v // COLUMNS
+  (B, T, Hq, K), (H, V) = q.shape, v.shape[2:]
+  C, W = CHUNK, tiling.block_v // COLUMNS
   chunks, dtype, simulated = T // C, q.dtype, interpret is not None
   stages = min(tiling.stages, per_segment)
 
-  def kernel(q_hbm, k_hbm, v_hbm, sums_hbm, before_hbm, o_hbm, final_hbm, *saved_hbm):
+  def kernel(q_hbm, k_hbm, v_hbm, gates_hbm, before_hbm, o_hbm, final_hbm, *saved_hbm):
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    shared = lax.div(head, jnp.int32(H // Hq))
     segment = lax.axis_index("segment")
     first = segment * per_segment
     steps = jnp.minimum(jnp.int32(per_segment), chunks - first)
     part = lambda w: pl.ds(lax.axis_index("block") * tiling.block_v + w * COLUMNS, COLUMNS)
 
-    def run(q_s, k_s, v_s, sums_s, weighted_s, state_s, o_s, scores_s, full, consumed):
+    def run(q_s, k_s, v_s, gates_s, weighted_s, state_s, o_s, scores_s, full, consumed):
       def fetch(step, slot):
         rows = pl.ds((first + step) * C, C)
-        plgpu.copy_gmem_to_smem(q_hbm.at[batch, rows, head], q_s.at[slot], full.at[slot])
-        plgpu.copy_gmem_to_smem(k_hbm.at[batch, rows, head], k_s.at[slot], full.at[slot])
+        plgpu.copy_gmem_to_smem(q_hbm.at[batch, rows, shared], q_s.at[slot], full.at[slot])
+        plgpu.copy_gmem_to_smem(k_hbm.at[batch, rows, shared], k_s.at[slot], full.at[slot])
         for w in range(W):
           plgpu.copy_gmem_to_smem(
             v_hbm.at[batch, rows, head, part(w)], v_s.at[slot, w], full.at[slot]
           )
-        plgpu.copy_gmem_to_smem(sums_hbm.at[batch, head, rows], sums_s.at[slot], full.at[slot])
+        gates_hbm.fetch(batch, head, first + step, gates_s.at(slot), full.at[slot])
 
       def read(wait, release):
         w = lax.axis_index("thread")
         weighted, before, out = weighted_s.at[w], state_s.at[w], o_s.at[w]
-        i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=WGMMA)
-        j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=WGMMA)
 
         def step(n, state):
           slot = wait(n)
           values = v_s.at[slot, w]
-          row = plgpu.load(sums_s.at[slot], layout=WGMMA.reduce(1))
-          column = plgpu.load(sums_s.at[slot], layout=WGMMA.reduce(0))
-          end = sums_s[slot, C - 1]
+          from_start, to_end, carry = factors(gates_s.at(slot))
           plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
           def stage_operands():
             before[...] = state.astype(dtype)
             x = plgpu.load(values, layout=WGMMA).astype(jnp.float32)
-            weighted[...] = (x * along_rows(jnp.exp(end - row), COLUMNS)).astype(dtype)
+            weighted[...] = (x * along_rows(to_end, COLUMNS)).astype(dtype)
 
           keys = k_s.at[slot].transpose((1, 0))
           scores = mosaic.product((C, C), q_s.at[slot], keys, stage_operands)
-          # Above the diagonal the exponent is positive: it is replaced before anything is infinite.
-          exponent = jnp.where(i >= j, along_rows(row, C) - along_columns(column, C), -jnp.inf)
-          scores = (scores * (jnp.exp(exponent) * scale)).astype(dtype)
+          scores = (scores * (pairs(gates_s.at(slot)) * scale)).astype(dtype)
           if simulated:
             scores_s[w] = scores
             scores = scores_s.at[w]
@@ -210,10 +203,10 @@ def outputs(
             simulated,
             (mosaic.zeros(C, COLUMNS), q_s.at[slot], before),
             (mosaic.zeros(C, COLUMNS), scores, values),
-            (state * jnp.exp(end), keys, weighted),
+            (state * carry, keys, weighted),
           )
           release(slot)
-          out[...] = (across * along_rows(jnp.exp(row) * scale, COLUMNS) + inside).astype(dtype)
+          out[...] = (across * along_rows(from_start * scale, COLUMNS) + inside).astype(dtype)
           plgpu.commit_smem()
           rows = pl.ds((first + n) * C, C)
           plgpu.copy_smem_to_gmem(out, o_hbm.at[batch, rows, head, part(w)])
@@ -236,10 +229,9 @@ def outputs(
     pl.run_scoped(
       run,
       tile(stages, C, K), tile(stages, C, K), tile(stages, W, C, COLUMNS),
-      plgpu.SMEM((stages, C), jnp.float32),
-      tile(W, C, COLUMNS), tile(W, K, COLUMNS), tile(W, C, COLUMNS),
+      gates.scratch(stages), tile(W, C, COLUMNS), tile(W, K, COLUMNS), tile(W, C, COLUMNS),
       tile(W, C, C) if simulated else None,
-      plgpu.Barrier(num_arrivals=3 + W, num_barriers=stages),
+      plgpu.Barrier(num_arrivals=2 + W + gates.copies, num_barriers=stages),
       plgpu.Barrier(num_arrivals=W, num_barriers=stages),
       collective_axes="thread",
     )  # fmt: skip
@@ -260,4 +252,4 @@ def outputs(
     thread_name="thread",
     interpret=interpret,
     compiler_params=mosaic.PARAMS,
-  )(q, k, v, sums, states)
+  )(q, k, v, gates, states)

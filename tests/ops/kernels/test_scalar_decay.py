@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
+import ops
 from ops import dispatch, reference
 from ops.kernels.gpu import scalar_decay
 from tests.ops import compare
@@ -17,30 +18,36 @@ needs_mosaic = pytest.mark.skipif(
 )
 
 
-def _inputs(T, K, V, log_decay):
+def _inputs(T, H, K, V, log_decay):
   rng = np.random.default_rng(T + K)
-  shapes = {"q": (1, T, 1, K), "k": (1, T, 1, K), "v": (1, T, 1, V)}
+  shapes = {"q": (1, T, 1, K), "k": (1, T, 1, K), "v": (1, T, H, V)}
   arrays = {name: jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for name, s in shapes.items()}
-  gates = np.broadcast_to(np.resize(log_decay, T)[:, None], (1, T, 1))
+  gates = np.broadcast_to(np.resize(log_decay, T)[:, None], (1, T, H))
   arrays["log_decay"] = jnp.asarray(gates, jnp.float32)
-  return arrays | {"initial_state": jnp.asarray(rng.standard_normal((1, 1, K, V)), jnp.float32)}
+  return arrays | {"initial_state": jnp.asarray(rng.standard_normal((1, H, K, V)), jnp.float32)}
 
 
 @needs_mosaic
 @pytest.mark.parametrize(
-  ("T", "K", "V", "log_decay"),
-  [(130, 64, 64, [-0.05] * 6 + [-20.0]), (64, 128, 128, [-0.1] * 30 + [-1e4])],
+  ("T", "H", "K", "V", "log_decay", "starts"),
+  [
+    (130, 2, 64, 64, [-0.05] * 6 + [-20.0], [5, 64, 90]),
+    (64, 1, 128, 128, [-0.1] * 30 + [-1e4], []),
+  ],
+  ids=["two heads that share keys, documents", "wide"],
 )
-def test_values_and_gradients(T, K, V, log_decay):
+def test_values_and_gradients(T, H, K, V, log_decay, starts):
   from jax.experimental.pallas import mosaic_gpu as plgpu
 
-  def kernel(q, k, v, log_decay, initial_state):
+  def kernel(q, k, v, log_decay, initial_state, segment_ids):
+    document = segment_ids if starts else None
     interpret = plgpu.InterpretGPUParams()
-    return scalar_decay.attend(q, k, v, log_decay, initial_state, K**-0.5, interpret)
+    return scalar_decay.attend(q, k, v, log_decay, initial_state, document, K**-0.5, interpret)
 
-  inputs = _inputs(T, K, V, log_decay)
-  actual = compare.run(kernel, inputs)
-  expected = compare.truth(reference.linear_attention, inputs)
+  inputs = _inputs(T, H, K, V, log_decay)
+  segment_ids = np.searchsorted(starts, np.arange(T)[None], side="right").astype(np.int32)
+  actual = compare.run(kernel, inputs, segment_ids)
+  expected = compare.truth(reference.linear_attention, inputs, segment_ids=segment_ids)
   size = np.sqrt(np.mean(np.asarray(inputs["q"], np.float64) ** 2 * expected["dq"] ** 2))
   error = np.abs(actual.pop("dlog_decay") - expected["dlog_decay"])
   gates = expected.pop("dlog_decay")
@@ -49,27 +56,51 @@ def test_values_and_gradients(T, K, V, log_decay):
 
 
 @needs_mosaic
-def test_lowers_for_a_hopper_gpu():
+def test_segments_of_the_sequence():
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  from ops.kernels.gpu.scalar_decay_forward import Tiling
+
+  inputs = _inputs(320, 1, 64, 64, [-0.01])
+  # The second segment, from token 192 on, goes on with the document before it.
+  segment_ids = (np.arange(320)[None] >= 70).astype(np.int32)
+  interpret, tiling = plgpu.InterpretGPUParams(), Tiling(2, 2, 64)
+
+  @jax.jit
+  def kernel(q, k, v, log_decay, initial_state, document):
+    arrays = (q, k, v, log_decay, initial_state, document)
+    return scalar_decay.forward(*arrays, scale=64**-0.5, tiling=tiling, interpret=interpret)
+
+  o, state = map(np.asarray, kernel(**inputs, document=jnp.asarray(segment_ids)))
+  expected = compare.truth(reference.linear_attention, inputs, segment_ids=segment_ids)
+  expected = {name: expected[name] for name in ("o", "state")}
+  compare.check({"o": o, "state": state}, expected, "bfloat16")
+
+
+def _lowered(function, *arguments):
   from jax.sharding import AbstractDevice
 
   device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
   mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-  B, T, H, K = 2, 1024, 2, 128
-  struct = jax.ShapeDtypeStruct
-  q, g, state = (
-    struct((B, T, H, K), jnp.bfloat16), struct((B, T, H), jnp.float32),
-    struct((B, H, K, K), jnp.float32),
-  )  # fmt: skip
+  with jax.sharding.use_abstract_mesh(mesh), dispatch.for_platform("gpu"):
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@needs_mosaic
+@pytest.mark.parametrize("mapped", [(), (3,)], ids=["", "vmap"])
+def test_lowers_for_a_hopper_gpu(mapped):
+  B, T, H, K = 2, 1000, 2, 128
+  struct = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((*mapped, *shape), dtype)
+  q, v = struct(B, T, 1, K), struct(B, T, H, K)
+  g, state = struct(B, T, H, dtype=jnp.float32), struct(B, H, K, K, dtype=jnp.float32)
 
   @functools.partial(jax.grad, argnums=(0, 1, 2, 3, 4))
-  def gradients(q, k, v, g, state):
-    o, state = scalar_decay.attend(q, k, v, g, state, 0.1)
+  def gradients(q, k, v, g, state, segment_ids):
+    o, state = ops.linear_attention(
+      q, k, v, log_decay=g, initial_state=state, segment_ids=segment_ids, implementation="pallas"
+    )
     return jnp.sum(o.astype(jnp.float32)) + jnp.sum(state)
 
-  with jax.sharding.use_abstract_mesh(mesh), dispatch.for_platform("gpu"):
-    reason = scalar_decay.supports(
-      q=q, k=q, v=q, log_decay=g, beta=None, segment_ids=None, chunk_size=None
-    )
-    assert reason is None
-    lowered = jax.jit(gradients).trace(q, q, q, g, state).lower(lowering_platforms=("cuda",))
-  assert lowered.as_text().count("custom_call @mosaic_gpu_v2") >= 3
+  function = jax.vmap(gradients) if mapped else gradients
+  text = _lowered(function, q, q, v, g, state, struct(B, T, dtype=jnp.int32))
+  assert text.count("custom_call @mosaic_gpu_v2") >= 3
