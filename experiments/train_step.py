@@ -181,8 +181,9 @@ def _step(config, state: TrainState, batch):
     weight = 1.0 - config.train.ema_decay
     average = jax.tree.map(lambda a, p: jnp.where(good, a + weight * (p - a), a), average, params)
   if carry is not None:
-    # A state from a step that went wrong may be infinite: those documents go on from nothing.
-    carry = jax.tree.map(lambda x: jnp.where(good, x, jnp.zeros_like(x)), carry)
+    # Only a state that is not finite is forgotten. To forget more would make the next losses worse,
+    # hence spikes, hence skipped, without end.
+    carry = lm.keep_state(carry, _finite_rows(carry))
   recent = _remember(state.recent, loss_value, norm, good)
   schedule = make_schedule(config.schedule, config.train.steps, config.optim.learning_rate)
   metrics = {
@@ -194,6 +195,13 @@ def _step(config, state: TrainState, batch):
     "skipped_in_a_row": recent.skipped_in_a_row,
   }
   return TrainState(state.step + 1, params, optimizer, average, carry, recent), metrics
+
+
+def _finite_rows(carry):
+  """bool [B]: the rows whose states [repeats B ...] are finite throughout."""
+  floating = [x for x in jax.tree.leaves(carry) if jnp.issubdtype(x.dtype, jnp.inexact)]
+  rows = [jnp.isfinite(x).all(axis=(0, *range(2, x.ndim))) for x in floating]
+  return functools.reduce(jnp.logical_and, rows)
 
 
 def _accumulate(gradient, params, batch, carry, parts: int):
