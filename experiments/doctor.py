@@ -108,15 +108,26 @@ def compare(
   subject: Subject, actual: dict, wanted: dict, inputs: dict, dtype: str
 ) -> dict[str, Verdict]:
   """The verdict on every tensor that the oracle names."""
-  size = 0.0
-  if subject.query:
-    terms = np.abs(inputs[subject.query].astype(np.float64) * wanted["d" + subject.query])
-    size = np.sqrt(np.mean(terms**2)) if dtype == "bfloat16" else terms.max()
-  factor = {"d" + name: get(inputs) for name, get in subject.factors.items()}
+  terms = _terms(subject, wanted, inputs, dtype)
   return {
-    name: judge(name, actual[name], reference, dtype, size * float(factor.get(name, 0.0)))
+    name: judge(name, actual[name], reference, dtype, terms.get(name, 0.0))
     for name, reference in wanted.items()
   }
+
+
+def _terms(subject, wanted, inputs, dtype) -> dict[str, float]:
+  """The size of the terms that a tensor is a sum of, where they may cancel."""
+  if not subject.query:
+    return {}
+  terms = np.abs(inputs[subject.query].astype(np.float64) * wanted["d" + subject.query])
+  narrow = dtype == "bfloat16"
+  size = np.sqrt(np.mean(terms**2)) if narrow else max(terms.max(), np.abs(wanted["state"]).max())
+  found = {"d" + name: size * float(get(inputs)) for name, get in subject.factors.items()}
+  if not narrow:
+    found["dinitial_state"] = size
+    if "beta" in inputs:  # what is written is what the state lacks
+      found["state"] = max(float(np.abs(inputs[name]).max()) for name in ("v", "initial_state"))
+  return found
 
 
 def _is_complex(x):

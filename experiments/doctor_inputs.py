@@ -16,7 +16,7 @@ from ops import reference
 
 B, HQ, H, K, V = 2, 1, 2, 8, 5  # fewer query heads than heads, K != V
 D, N, W = 6, 4, 4  # channels, state size and width of the diagonal ops and the convolution
-LONGEST_PARALLEL = 257  # tokens; time and memory of "parallel" grow faster than the length
+LONGEST_PARALLEL = 127  # tokens; time and memory of "parallel" grow faster than the length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Subject:
     traits: which families concern it.
     lengths: what it is compiled for.
     query: the argument that samples the size of the terms of gradients, see `doctor_limits.py`.
-    factors: for gradients that multiply such terms: argument -> factor, of the arrays.
+    factors: for gates: argument -> how much larger the terms of its gradient are, of the arrays.
   """
 
   name: str
@@ -309,10 +309,9 @@ def _front(name, traits, lengths, *, gate=None, delta=False, **others) -> Subjec
     "oracle": _attention_oracle,
     "draw": functools.partial(_attention, gate=gate, delta=delta),
     "query": "q",
-    "factors": {"g": _per_head if gate == "head" else lambda arrays: 1.0},
+    "factors": {"g": _per_head if gate == "head" else lambda arrays: 1.0} if gate else {},
     **others,
   }
-  details["factors"] = {"initial_state": lambda arrays: 1.0, **details["factors"]}
   return Subject(
     name=name,
     state=_matrix_state,

@@ -3,8 +3,9 @@
 float32 and float64 are judged by the largest error in units of the largest entry of the tensor,
 bfloat16 by the largest and by the root mean square of the error in units of the root mean square.
 Where a tensor nearly vanishes, because terms of the size of 1 cancel, rounding does not shrink with
-it. For that every limit has an absolute part, made of the size of those terms: with L what is
-differentiated, x dL/dx has one unit for all inputs x, and q dL/dq is a sample of its terms.
+it. For that the limits of gates' gradients, and in float32 and float64 those of states, have an
+absolute part, made of the size of those terms: with L what is differentiated, x dL/dx has one unit
+for all inputs x, and q dL/dq is a sample of its terms.
 """
 
 from typing import NamedTuple
