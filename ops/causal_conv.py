@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ops import dispatch
-from ops.precision import state_dtype
+from ops.precision import state_dtype, varying_like
 from ops.segments import find_segments, where_mask
 
 
@@ -57,6 +57,7 @@ def causal_conv(
   if initial_state is None:
     initial_state = jnp.zeros((x.shape[0], weight.shape[0] - 1, x.shape[2]), dtype)
   x, weight, state = (array.astype(dtype) for array in (x, weight, initial_state))
+  state = varying_like(state, x, weight, segment_ids)
   segments = None
   if segment_ids is not None:
     segments = find_segments(segment_ids, reverse=reverse)

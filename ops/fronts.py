@@ -45,7 +45,7 @@ def ssd(
   log_decay, values = _discretise(x, dt, A)
   scale = options.pop("scale", None)
   scale = 1.0 if scale is None else scale
-  y, *rest = linear_attention(C, B, values, log_decay=log_decay, scale=scale, **options)
+  y, *rest = linear_attention(C, B, values, log_decay=log_decay, beta=None, scale=scale, **options)
   return _skip(y, x, D), *rest
 
 
@@ -100,7 +100,7 @@ def gla(
   of the decay, <= 0; the rest is as in `ops.linear_attention`.
   """
   dispatch.check_shapes(v=(v, "B T H V"), k=(k, "B T Hq K"), g=(g, "B T H K"))
-  return linear_attention(q, k, v, log_decay=g, **options)
+  return linear_attention(q, k, v, log_decay=g, beta=None, **options)
 
 
 def gla_step(
@@ -130,7 +130,7 @@ def delta_rule(
   (arXiv:2102.11174); Yang et al., 2024 (arXiv:2406.06484). Keys should have norm 1
   (`ops.l2_normalize`) and beta lie in [0, 2]; the rest is as in `ops.linear_attention`.
   """
-  return linear_attention(q, k, v, beta=beta, **options)
+  return linear_attention(q, k, v, log_decay=None, beta=beta, **options)
 
 
 def delta_rule_step(
@@ -225,7 +225,7 @@ def retention(
   dispatch.check_shapes(v=(v, "B T H V"), g=(g, "H"))
   # Wide before it is repeated, for its gradient is a sum over all tokens.
   g = jnp.broadcast_to(g.astype(state_dtype(g)), v.shape[:3])
-  return linear_attention(q, k, v, log_decay=g, **options)
+  return linear_attention(q, k, v, log_decay=g, beta=None, **options)
 
 
 def retention_step(

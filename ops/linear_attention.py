@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ops import dispatch
 from ops.kernels.gpu import scalar_decay
 from ops.linear_attention_chunked import chunked, parallel
-from ops.precision import state_dtype
+from ops.precision import state_dtype, varying_like
 from ops.segments import Segments, find_segments, quarantine, where_mask
 from ops.tree_attention import tree_attention
 
@@ -93,7 +93,7 @@ def linear_attention(
     ValueError: a shape, a dtype or an `implementation` that cannot be.
   """
   _check(q, k, v, log_decay, beta, initial_state, segment_ids, chunk_size, emit_states)
-  _check_tree(v, tree_mask, accepted, implementation)
+  _check_tree(v, tree_mask, accepted, implementation, chunk_size)
   dtype, out_dtype = state_dtype(q, k, v, log_decay, beta, initial_state), v.dtype
   (B, T, Hq, K), (H, V) = k.shape, v.shape[2:]
   narrow = jnp.result_type(q, k, v).itemsize == 2
@@ -107,7 +107,7 @@ def linear_attention(
     )  # fmt: skip
   if initial_state is None:
     initial_state = jnp.zeros((B, H, K, V), dtype)
-  state = initial_state.astype(dtype)
+  state = varying_like(initial_state.astype(dtype), q, k, v, log_decay, beta, segment_ids)
   if log_decay is not None:
     # -inf is as good as this, and its gradient is 0 * inf.
     log_decay = jnp.maximum(log_decay.astype(dtype), FORGOTTEN)
@@ -189,11 +189,13 @@ def _check(q, k, v, log_decay, beta, initial_state, segment_ids, chunk_size, emi
     raise ValueError(f"emit_states is {emit_states}, expected 0 to T = {v.shape[1]}")
 
 
-def _check_tree(v, tree_mask, accepted, implementation):
+def _check_tree(v, tree_mask, accepted, implementation, chunk_size):
   if tree_mask is None:
     if accepted is not None:
       raise ValueError("accepted is given without tree_mask, expected None")
     return
+  if chunk_size is not None:
+    raise ValueError(f"chunk_size is {chunk_size}, expected None with tree_mask: it is one chunk")
   if implementation is not None:
     raise ValueError(f"implementation is {implementation!r}, expected None with tree_mask")
   if tree_mask.dtype != jnp.bool_:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact, Int
 
 from ops import affine, dispatch
-from ops.precision import state_dtype
+from ops.precision import state_dtype, varying_like
 from ops.segments import find_segments, where_mask
 
 
@@ -71,6 +71,7 @@ def linear_scan(
   if initial_state is None:
     initial_state = jnp.zeros((a.shape[0], a.shape[2]), dtype)
   a, b, state = (x.astype(dtype) for x in (a, b, initial_state))
+  state = varying_like(state, a, b, segment_ids)
   segments = start = None
   if segment_ids is not None:
     segments = find_segments(segment_ids, reverse=reverse)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from ops import affine, dispatch
 from ops.exponential import exp2
-from ops.precision import state_dtype
+from ops.precision import state_dtype, varying_like
 from ops.segments import find_segments, where_mask
 
 DEFAULT_CHUNK = 16  # tokens; a chunk's steps are unrolled, so compile time grows with it
@@ -80,6 +80,7 @@ def selective_scan(
   if initial_state is None:
     initial_state = jnp.zeros((x.shape[0], *A.shape), dtype)
   x, dt, A, B, C, state = (array.astype(dtype) for array in (x, dt, A, B, C, initial_state))
+  state = varying_like(state, x, dt, A, B, C, segment_ids)
   start = None
   if segment_ids is not None:
     segments = find_segments(segment_ids, reverse=reverse)

@@ -268,6 +268,23 @@ def test_sharded_equals_unsharded(row, implementation):
   check(jax.tree.map(np.asarray, actual), truth_of(row, T))
 
 
+@every_row
+def test_runs_inside_shard_map(row):
+  """Each device its own rows, the state left to the op."""
+  T = 5
+  mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4], axis_types=(AxisType.Auto,))
+  inputs = {name: x for name, x in inputs_of(row, T).items() if name != "initial_state"}
+  place = lambda name: PartitionSpec("data" if row.shapes[name].startswith("B ") else None)
+  specs = ({name: place(name) for name in inputs}, PartitionSpec("data"))
+  op = lambda inputs, ids: row.op(**inputs, segment_ids=ids, implementation=row.implementations[0])
+  mapped = jax.jit(
+    jax.shard_map(op, mesh=mesh, in_specs=specs, out_specs=(PartitionSpec("data"),) * 2)
+  )
+  o, state = mapped(jax.tree.map(jnp.asarray, inputs), jnp.asarray(segment_ids(T)))
+  expected = truth(row.oracle, inputs, segment_ids=segment_ids(T))
+  check({"o": np.asarray(o), "state": np.asarray(state)}, {k: expected[k] for k in ("o", "state")})
+
+
 @every_case
 def test_composes_with_vmap_remat_and_scan(row, implementation):
   """Three layers scanned over and rematerialised, mapped over two copies of the inputs."""
