@@ -64,22 +64,12 @@ def _attend(q, k, v, log_decay, beta, state, scale, interpret):
 
 
 def _attend_forward(q, k, v, log_decay, beta, state, scale, interpret):
-  return _attend(q, k, v, log_decay, beta, state, scale, interpret), (
-    q, k, v, log_decay, beta, state,
-  )  # fmt: skip
+  o, state, *saved = forward(q, k, v, log_decay, beta, state, scale, save=True, interpret=interpret)
+  return (o, state), (q, k, log_decay, beta, *saved)
 
 
 def _attend_backward(scale, interpret, residuals, cotangents):
-  # There is no kernel for the gradients: they are the chunked form's.
-  from ops.linear_attention import linear_attention
-
-  def chunked(q, k, v, log_decay, beta, state):
-    return linear_attention(
-      q, k, v, log_decay=log_decay, beta=beta, scale=scale, initial_state=state,
-      implementation="chunked",
-    )  # fmt: skip
-
-  return jax.vjp(chunked, *residuals)[1](cotangents)
+  return backward(*residuals, *cotangents, scale, interpret=interpret)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -93,13 +83,39 @@ def gate_sums(log_decay):
 
 
 def forward(q, k, v, log_decay, beta, state, scale, stages=2, terms=2, save=False, interpret=None):
-  """Outputs, the final state, and with `save` what `outputs` saves."""
+  """Outputs, the final state, and with `save` what `backward` takes."""
   from ops.kernels.gpu import delta_rule_forward, delta_rule_inverse
 
   sums = gate_sums(log_decay)
-  inverses = delta_rule_inverse.inverses(k, sums, beta.transpose(0, 2, 1), terms, interpret)
+  steps = away_from_zero(beta).transpose(0, 2, 1)
+  inverses = delta_rule_inverse.inverses(k, sums, steps, terms, interpret)
   before = jnp.swapaxes(state, 2, 3)
   o, state, *saved = delta_rule_forward.outputs(
     q, k, v, sums, inverses, before, scale, stages, save, interpret
   )
-  return o, jnp.swapaxes(state, 2, 3), *saved
+  return o, jnp.swapaxes(state, 2, 3), *([inverses, *saved] if save else [])
+
+
+def away_from_zero(beta):
+  """`beta`, by which the gradients are divided: what is lost of a value is 1e-6 of it."""
+  return jnp.where(jnp.abs(beta) < 1e-6, 1e-6, beta)
+
+
+def backward(
+  q, k, log_decay, beta, inverses, before, written, do, dstate, scale, stages=2, interpret=None
+):
+  """Gradients of q, k, v, log_decay, beta and the state, from what `forward` saved."""
+  from ops.kernels.gpu import delta_rule_backward as kernels
+
+  B, T, H, _ = q.shape
+  sums = gate_sums(log_decay)
+  dv, dstate, after = kernels.state_gradients(
+    q, k, do, sums, inverses, jnp.swapaxes(dstate, 2, 3), scale, stages, interpret
+  )
+  dq, dk, parts = kernels.gradients(q, k, do, dv, written, sums, before, after, scale, interpret)
+  db, constant, product = jnp.moveaxis(parts.sum(2).reshape(B, H, 3, T // CHUNK, CHUNK), 2, 0)
+  to_end = jnp.flip(jnp.cumsum(jnp.flip(db, 3), 3), 3)
+  dg = (to_end + constant.sum(3, keepdims=True)).reshape(B, H, T).transpose(0, 2, 1)
+  dbeta = product.reshape(B, H, T).transpose(0, 2, 1) / away_from_zero(beta) ** 2
+  dstate = jnp.swapaxes(dstate, 2, 3)
+  return dq, dk, dv, jnp.where(log_decay < FLOOR, 0, dg), dbeta, dstate

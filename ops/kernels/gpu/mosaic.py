@@ -81,6 +81,18 @@ def accumulate(interpret: bool, *terms) -> list[jax.Array]:
   return list(pl.run_state(body)(starts))
 
 
+def accumulate_sums(*terms) -> list[jax.Array]:
+  """start + the sum of left @ right for each of the terms (start, [(left, right), ...])."""
+
+  def body(accumulators):
+    for accumulator, (_, pairs) in zip(accumulators, terms):
+      for left, right in pairs:
+        plgpu.wgmma(accumulator, left, right)
+
+  starts = tuple(plgpu.ACC.init(start) for start, _ in terms)
+  return list(pl.run_state(body)(starts))
+
+
 def load_and_read(
   steps: jax.Array,
   stages: int,

@@ -1,0 +1,349 @@
+"""Gradients of the delta rule with one decay per head: a scan from the right, then chunk by chunk.
+
+With S the state before a chunk, dS' the gradient of the state after it, b the sums of its gates,
+T and V' as in `delta_rule_forward.py`, A_ij = scale q_i . k_j exp(b_i - b_j) for i >= j:
+
+  dV' = A^T dO + exp(b_C - b) (K dS')            dV  = T^T dV'
+  dS  = exp(b_C) dS' + Q^T (scale exp(b) dO) - K^T (exp(b) dV)
+
+  M_ij = scale dO_i . V'_j exp(b_i - b_j), i >= j         N_ij = -dV_i . V'_j exp(b_i - b_j), i > j
+  dQ = scale exp(b) (dO S^T) + M K
+  dK = N K - exp(b) (dV S^T)  +  M^T Q + N^T K + exp(b_C - b) (V' dS'^T)         rows  +  columns
+  dbeta_i = V'_i . dV_i / beta_i^2
+  db_i    = q_i . dq_i + k_i . (rows - columns)_i
+  dg_t    = sum_{i >= t} db_i + <S', dS'>         S' = exp(b_C) S + K^T (exp(b_C - b) V')
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ops.kernels.gpu import mosaic
+from ops.kernels.gpu.delta_rule_forward import CHUNK, COLUMNS, HANDED, load_transposed
+from ops.kernels.gpu.mosaic import TILED, WGMMA, along_columns, along_rows
+
+TILE = 64
+
+
+def state_gradients(
+  q, k, do, sums, inverses, dstate, scale: float, stages: int = 2, interpret=None
+):
+  """dv [B T H V], the gradient of the initial state, float32 [B H V K], and in the dtype of q
+  [B H N V K] the gradients of the state after each chunk.
+
+  Args:
+    q, k, do: [B T H K], [B T H V], T a multiple of the chunk.
+    sums: float32 [B H T], the gates summed within each chunk.
+    inverses: [B H N n C C] like `q`, T as a sum of n terms.
+    dstate: float32 [B H V K], the gradient of the final state.
+  """
+  B, T, H, K = q.shape
+  V, C, dtype, simulated = do.shape[-1], CHUNK, q.dtype, interpret is not None
+  chunks = T // C
+  stages, terms = min(stages, chunks), inverses.shape[3]
+
+  def kernel(q_hbm, k_hbm, do_hbm, sums_hbm, inverses_hbm, last_hbm, dv_hbm, first_hbm, after_hbm):
+    batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    part = pl.ds(lax.axis_index("block") * COLUMNS, COLUMNS)
+    chunk = lambda n: chunks - 1 - n
+
+    def run(q_s, k_s, do_s, inverse_s, sums_s, scores_s, state_s, dv_s, left_s, *barriers):
+      full, consumed, ready, taken = barriers
+
+      def left(n, x):
+        """The left operand of a product, in registers; the interpreter wants it in memory."""
+        if not simulated:
+          return x
+        target = left_s.at[n, :, pl.ds(0, x.shape[1])]
+        target[...] = x
+        return target
+
+      def fetch(n, slot):
+        rows = pl.ds(chunk(n) * C, C)
+        for source, target in (
+          (q_hbm.at[batch, rows, head], q_s), (k_hbm.at[batch, rows, head], k_s),
+          (do_hbm.at[batch, rows, head, part], do_s), (sums_hbm.at[batch, head, rows], sums_s),
+        ):  # fmt: skip
+          plgpu.copy_gmem_to_smem(source, target.at[slot], full.at[slot])
+        for term in range(terms):
+          source = inverses_hbm.at[batch, head, chunk(n), term]
+          plgpu.copy_gmem_to_smem(source, inverse_s.at[slot, term], full.at[slot])
+
+      def carry(wait, release):
+        def step(n, state):
+          slot, hand = wait(n), lax.rem(n, jnp.int32(HANDED))
+          narrow = state.astype(dtype)
+          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+          state_s[...] = narrow
+          plgpu.commit_smem()
+          plgpu.copy_smem_to_gmem(state_s, after_hbm.at[batch, head, chunk(n), part])
+
+          def meanwhile():
+            column = plgpu.load(sums_s.at[slot], layout=WGMMA.reduce(0))
+            end = sums_s[slot, C - 1]
+            values = load_transposed(do_s.at[slot], simulated)
+            from_start = jnp.exp(column)
+            weighted = values * along_columns(from_start * scale, COLUMNS)
+            return values.astype(dtype), weighted.astype(dtype), from_start, end, column
+
+          across, (values, weighted, from_start, end, column) = mosaic.product_and(
+            (COLUMNS, C), left(0, narrow), k_s.at[slot].transpose((1, 0)), meanwhile
+          )
+          plgpu.barrier_wait(ready.at[hand])
+          inside = mosaic.product((COLUMNS, C), left(1, values), scores_s.at[hand])
+          plgpu.barrier_arrive(taken.at[hand])
+          written = across * along_columns(jnp.exp(end - column), COLUMNS) + inside
+          written = left(2, written.astype(dtype))
+          dv = mosaic.products(
+            (COLUMNS, C), [(written, inverse_s.at[slot, n]) for n in range(terms)]
+          )
+          back = (-dv * along_columns(from_start, COLUMNS)).astype(dtype)
+          store_transposed(dv_s, dv.astype(dtype), simulated)
+          plgpu.commit_smem()
+          rows = pl.ds(chunk(n) * C, C)
+          plgpu.copy_smem_to_gmem(dv_s, dv_hbm.at[batch, rows, head, part])
+          if simulated:
+            state = state * jnp.exp(end)
+            for at, x, right in ((3, weighted, q_s), (4, back, k_s)):
+              state += mosaic.product((COLUMNS, K), left(at, x), right.at[slot])
+          else:
+            (state,) = mosaic.accumulate_sums(
+              (state * jnp.exp(end), [(weighted, q_s.at[slot]), (back, k_s.at[slot])])
+            )
+          release(slot)
+          return state
+
+        start = plgpu.load(last_hbm.at[batch, head, part], layout=WGMMA, optimized=False)
+        first_hbm[batch, head, part] = lax.fori_loop(0, chunks, step, start)
+        plgpu.wait_smem_to_gmem(0)
+
+      def score(wait, release):
+        i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=WGMMA)
+        j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=WGMMA)
+
+        @pl.loop(jnp.int32(0), jnp.int32(chunks))
+        def _(n):
+          slot, hand = wait(n), lax.rem(n, jnp.int32(HANDED))
+
+          def meanwhile():
+            row = plgpu.load(sums_s.at[slot], layout=WGMMA.reduce(1))
+            column = plgpu.load(sums_s.at[slot], layout=WGMMA.reduce(0))
+            exponent = jnp.where(i >= j, along_rows(row, C) - along_columns(column, C), -jnp.inf)
+            return jnp.exp(exponent) * scale
+
+          scores, decays = mosaic.product_and(
+            (C, C), q_s.at[slot], k_s.at[slot].transpose((1, 0)), meanwhile
+          )
+          release(slot)
+          pl.when(n >= HANDED)(lambda: plgpu.barrier_wait(taken.at[hand]))
+          scores_s[hand] = (scores * decays).astype(dtype)
+          plgpu.commit_smem()
+          plgpu.barrier_arrive(ready.at[hand])
+
+        for n in range(max(chunks - HANDED, 0), chunks):
+          plgpu.barrier_wait(taken.at[n % HANDED])
+
+      def both(wait, release):
+        thread = lax.axis_index("thread")
+        pl.when(thread == 0)(lambda: carry(wait, release))
+        pl.when(thread == 1)(lambda: score(wait, release))
+
+      mosaic.load_and_read(jnp.int32(chunks), stages, 2, fetch, both, full, consumed, simulated)
+
+    tile = lambda *shape: plgpu.SMEM(shape, dtype, transforms=TILED)
+    pl.run_scoped(
+      run,
+      tile(stages, C, K), tile(stages, C, K), tile(stages, C, COLUMNS), tile(stages, terms, C, C),
+      plgpu.SMEM((stages, C), jnp.float32),
+      tile(HANDED, C, C), tile(COLUMNS, K), tile(C, COLUMNS),
+      tile(5, COLUMNS, K) if simulated else None,
+      plgpu.Barrier(num_arrivals=4 + terms, num_barriers=stages),
+      plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+      plgpu.Barrier(num_arrivals=1, num_barriers=HANDED),
+      plgpu.Barrier(num_arrivals=1, num_barriers=HANDED),
+      collective_axes="thread",
+    )  # fmt: skip
+
+  struct = jax.ShapeDtypeStruct
+  return plgpu.kernel(
+    kernel,
+    out_type=[
+      struct(do.shape, dtype), struct((B, H, V, K), jnp.float32),
+      struct((B, H, chunks, V, K), dtype),
+    ],
+    grid=(V // COLUMNS, H, B),
+    grid_names=("block", "head", "batch"),
+    num_threads=3,
+    thread_name="thread",
+    interpret=interpret,
+    compiler_params=mosaic.PARAMS,
+  )(q, k, do, sums, inverses, dstate)  # fmt: skip
+
+
+def store_transposed(ref, x, simulated: bool):
+  """A bfloat16 tile [M N] from x [N M]."""
+  if simulated:
+    ref[...] = x.T
+  else:
+    ref.transpose((1, 0))[...] = x
+
+
+def gradients(q, k, do, dv, written, sums, before, after, scale: float, interpret=None):
+  """dq, dk [B T H K], and float32 [B H W 3 T]: db, parts of <S', dS'> that each chunk sums, and
+  V' . dV; W shares are to be added.
+
+  Args:
+    q, k, do, dv: [B T H K], [B T H V], T a multiple of the chunk.
+    written: [B H N V C] like `q`, V'.
+    sums: float32 [B H T], the gates summed within each chunk.
+    before, after: [B H N V K] like `q`, the states before and their gradients after each chunk.
+  """
+  B, T, H, K = q.shape
+  V, C, dtype = do.shape[-1], CHUNK, q.dtype
+  W = 2 if K == V == 128 else 1
+  key_tiles, value_tiles = K // TILE, V // TILE
+  mine = key_tiles // W
+  columns = lambda tile: pl.ds(tile * TILE, TILE)
+
+  def kernel(q_hbm, k_hbm, do_hbm, dv_hbm, written_hbm, sums_hbm, before_hbm, after_hbm, *outputs):
+    dq_hbm, dk_hbm, sums_out = outputs
+    batch, head, chunk = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
+    rows = pl.ds(chunk * C, C)
+    w = lax.axis_index("thread")
+
+    def run(q_s, k_s, do_s, dv_s, written_s, state_s, m_s, n_s, sums_s, out_s, ready, met):
+      def meet(n):
+        plgpu.barrier_arrive(met.at[n])
+        plgpu.barrier_wait(met.at[n])
+
+      def fetch_states(source, barrier):
+        for i in range(value_tiles):
+          for j in range(key_tiles):
+            here = source.at[batch, head, chunk, columns(i), columns(j)]
+            plgpu.copy_gmem_to_smem(here, state_s.at[i, j], ready[barrier])
+
+      @pl.when(w == 0)
+      def _():
+        plgpu.copy_gmem_to_smem(sums_hbm.at[batch, head, rows], sums_s, ready[0])
+        for source, target, tiles in (
+          (q_hbm, q_s, key_tiles), (k_hbm, k_s, key_tiles),
+          (do_hbm, do_s, value_tiles), (dv_hbm, dv_s, value_tiles),
+        ):  # fmt: skip
+          for i in range(tiles):
+            here = source.at[batch, rows, head, columns(i)]
+            plgpu.copy_gmem_to_smem(here, target.at[i], ready[0])
+        for i in range(value_tiles):
+          here = written_hbm.at[batch, head, chunk, columns(i)]
+          plgpu.copy_gmem_to_smem(here, written_s.at[i], ready[0])
+        fetch_states(before_hbm, 1)
+
+      plgpu.barrier_wait(ready[0])
+      row = plgpu.load(sums_s, layout=WGMMA.reduce(1))
+      column = plgpu.load(sums_s, layout=WGMMA.reduce(0))
+      end = sums_s[C - 1]
+      from_start, to_end = jnp.exp(row), jnp.exp(end - row)
+      total = lambda terms: mosaic.products((C, TILE), terms)
+      load = lambda ref: plgpu.load(ref, layout=WGMMA).astype(jnp.float32)
+
+      def pairs(left, factor, diagonal, target):
+        """factor left V'^T exp(b_i - b_j), rounded, below the diagonal or with it."""
+        i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=WGMMA)
+        j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=WGMMA)
+        products = total([(left.at[t], written_s.at[t]) for t in range(value_tiles)])
+        kept = i >= j if diagonal else i > j
+        exponent = jnp.where(kept, along_rows(row, C) - along_columns(column, C), -jnp.inf)
+        target[...] = (products * (jnp.exp(exponent) * factor)).astype(dtype)
+
+      # Two warpgroups make one each.
+      if W == 1:
+        pairs(do_s, scale, True, m_s)
+        pairs(dv_s, -1.0, False, n_s)
+      else:
+        pl.when(w == 0)(lambda: pairs(do_s, scale, True, m_s))
+        pl.when(w == 1)(lambda: pairs(dv_s, -1.0, False, n_s))
+      plgpu.commit_smem()
+      meet(0)
+
+      plgpu.barrier_wait(ready[1])
+      db = jnp.zeros((), jnp.float32)
+      dq, dk, states = [], [], []
+      for tile in range(mine):
+        at = w * mine + tile
+        keys = load(k_s.at[at])
+        across = total([(do_s.at[t], state_s.at[t, at]) for t in range(value_tiles)])
+        dq.append(across * along_rows(from_start * scale, TILE) + total([(m_s, k_s.at[at])]))
+        across = total([(dv_s.at[t], state_s.at[t, at]) for t in range(value_tiles)])
+        dk.append(total([(n_s, k_s.at[at])]) - across * along_rows(from_start, TILE))
+        db += (dq[-1] * load(q_s.at[at]) + dk[-1] * keys).sum(1)
+        states.append([plgpu.load(state_s.at[t, at], layout=WGMMA) for t in range(value_tiles)])
+      meet(1)
+      pl.when(w == 0)(lambda: fetch_states(after_hbm, 2))
+
+      last = [
+        total([
+          (m_s.transpose((1, 0)), q_s.at[w * mine + tile]),
+          (n_s.transpose((1, 0)), k_s.at[w * mine + tile]),
+        ])
+        for tile in range(mine)
+      ]  # fmt: skip
+      product = jnp.zeros((), jnp.float32)
+      for t in range(value_tiles // W):
+        at = w * (value_tiles // W) + t
+        values = load_transposed(written_s.at[at], interpret is not None)
+        product += (values * load(dv_s.at[at])).sum(1)
+      plgpu.barrier_wait(ready[2])
+      constant = jnp.zeros((), jnp.float32)
+      for tile in range(mine):
+        at = w * mine + tile
+        keys = load(k_s.at[at])
+        across = total(
+          [(written_s.at[t].transpose((1, 0)), state_s.at[t, at]) for t in range(value_tiles)]
+        ) * along_rows(to_end, TILE)  # fmt: skip
+        constant += (across * keys).sum(1)
+        across += last[tile]
+        db -= (across * keys).sum(1)
+        dk[tile] += across
+        for t in range(value_tiles):
+          both = states[tile][t].astype(jnp.float32) * load(state_s.at[t, at])
+          constant += both.sum(1) * jnp.exp(end)
+      meet(2)
+
+      for n, x in enumerate((db, constant, product)):
+        out_s[w, n] = x
+      for tile in range(mine):
+        q_s[w * mine + tile] = dq[tile].astype(dtype)
+        k_s[w * mine + tile] = dk[tile].astype(dtype)
+      plgpu.commit_smem()
+      for n in range(3):
+        plgpu.copy_smem_to_gmem(out_s.at[w, n], sums_out.at[batch, head, w, n, rows])
+      for source, target in ((q_s, dq_hbm), (k_s, dk_hbm)):
+        for tile in range(mine):
+          at = w * mine + tile
+          plgpu.copy_smem_to_gmem(source.at[at], target.at[batch, rows, head, columns(at)])
+      plgpu.wait_smem_to_gmem(0)
+
+    tile = lambda *shape: plgpu.SMEM((*shape, TILE, TILE), dtype, transforms=TILED)
+    arrivals = [1 + 2 * key_tiles + 3 * value_tiles, key_tiles * value_tiles]
+    pl.run_scoped(
+      lambda *refs: run(*refs[:-4], refs[-4:-1], refs[-1]),
+      tile(key_tiles), tile(key_tiles), tile(value_tiles), tile(value_tiles), tile(value_tiles),
+      tile(value_tiles, key_tiles), tile(), tile(),
+      plgpu.SMEM((C,), jnp.float32), plgpu.SMEM((W, 3, C), jnp.float32),
+      plgpu.Barrier(num_arrivals=arrivals[0]), plgpu.Barrier(num_arrivals=arrivals[1]),
+      plgpu.Barrier(num_arrivals=arrivals[1]), plgpu.Barrier(num_arrivals=W, num_barriers=3),
+      collective_axes="thread",
+    )  # fmt: skip
+
+  like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+  return plgpu.kernel(
+    kernel,
+    out_type=[like(q), like(k), jax.ShapeDtypeStruct((B, H, W, 3, T), jnp.float32)],
+    grid=(T // C, H, B),
+    grid_names=("chunk", "head", "batch"),
+    num_threads=W,
+    thread_name="thread",
+    interpret=interpret,
+    compiler_params=mosaic.PARAMS,
+  )(q, k, do, dv, written, sums, before, after)
