@@ -24,6 +24,7 @@ from ops.segments import where_mask
 CHUNK = 64  # tokens: the rows of one wgmma
 WIDTHS = (64, 128)  # K and V for which there are tilings
 FLOOR = -63.0
+EVERY = 2  # chunks for each state that is kept for the gradients
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 MULTIPROCESSORS = 132
 
@@ -78,7 +79,7 @@ def attend(q, k, v, log_decay, state, document, scale, interpret=None):
     interpret: `plgpu.InterpretGPUParams()` to run on a CPU.
   """
   T = q.shape[1]
-  pad = -T % CHUNK
+  pad = -T % (CHUNK * EVERY)
   if pad:
     whole = lambda x, **mode: jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2), **mode)
     # A token of zeros without decay leaves the state as it is.
@@ -93,7 +94,7 @@ def _attend(*arguments):
   return _attend_forward(*arguments, save_every=0)[0]
 
 
-def _attend_forward(q, k, v, log_decay, state, document, scale, interpret, save_every=1):
+def _attend_forward(q, k, v, log_decay, state, document, scale, interpret, save_every=EVERY):
   call = functools.partial(forward, scale=scale, save_every=save_every, interpret=interpret)
   o, state, *before = folding_mapped_axes(call)(q, k, v, log_decay, state, document)
   return (o, state), (q, k, v, log_decay, document, *before)
@@ -187,9 +188,10 @@ def forward(
 
 
 def backward(
-  q, k, v, log_decay, document, before, do, dstate, *, scale, tiling=None, interpret=None
-):
-  """Gradients of q, k, v, log_decay and the state, from the states `before` each chunk."""
+  q, k, v, log_decay, document, before, do, dstate, *, scale, every=EVERY, tiling=None,
+  interpret=None,
+):  # fmt: skip
+  """Gradients of q, k, v, log_decay and the state, from the states before every n-th chunk."""
   from ops.kernels.gpu import scalar_decay_backward as kernels
   from ops.kernels.gpu import scalar_decay_forward as scans
 
@@ -197,14 +199,14 @@ def backward(
   gates = gates_by_chunk(log_decay, document)
   tiling = tiling or scans.Tiling(1, 4, 64)
   dstates, after = scans.boundary_states(
-    q, do, gates, dstate[:, :, None], T // CHUNK, tiling, scale=scale, save=True,
+    q, do, gates, dstate[:, :, None], T // CHUNK, tiling, scale=scale, save_every=every,
     interpret=interpret,
   )  # fmt: skip
-  dq, dk, dv, parts = kernels.gradients(q, k, v, do, gates, before, after, scale, interpret)
+  dq, dk, dv, parts = kernels.gradients(q, k, v, do, gates, before, after, scale, every, interpret)
   if Hq != H:
     group = lambda x: x.reshape(B, T, Hq, H // Hq, -1).astype(jnp.float32).sum(3).astype(x.dtype)
     dq, dk = group(dq), group(dk)
-  db, constant = jnp.moveaxis(parts.sum(2).reshape(B, H, 2, T // CHUNK, CHUNK), 2, 0)
+  db, constant = jnp.moveaxis(parts.sum(2).reshape(B, H, 2, -1, every * CHUNK), 2, 0)
   to_end = jnp.flip(jnp.cumsum(jnp.flip(db, 3), 3), 3)
   dg = (to_end + constant.sum(3, keepdims=True)).reshape(B, H, T).transpose(0, 2, 1)
   dg = jnp.where(log_decay < FLOOR, 0, dg)

@@ -35,7 +35,7 @@ class Tiling(NamedTuple):
 
 def boundary_states(
   x, y, gates: Gates, starts, per_segment: int, tiling: Tiling, *, scale: float | None = None,
-  save: bool = False, interpret=None,
+  save_every: int = 0, interpret=None,
 ):  # fmt: skip
   """States carried over segments of chunks, or with a `scale` their gradients, from the right.
 
@@ -47,10 +47,12 @@ def boundary_states(
     starts: float32 [B H S K V], the state where each segment starts; None is zero.
     per_segment: chunks of a segment.
     scale: None goes from the left to the right.
-    save: also returns the state before each chunk (right of it, with a `scale`).
+    save_every: n > 0 also returns the state before every n-th chunk, or with a `scale` that right
+      of each n chunks; n divides the number of chunks.
 
   Returns:
-    float32 [B H S K V], the state where each segment ends, and with `save` [B H N K V] like `x`.
+    float32 [B H S K V], the state where each segment ends, and with `save_every`
+    [B H N K V] like `x`.
   """
   (B, T, Hq, K), (H, V) = x.shape, y.shape[2:]
   C, W = CHUNK, tiling.block_v // COLUMNS
@@ -87,12 +89,21 @@ def boundary_states(
           values = plgpu.load(y_s.at[slot, w], layout=WGMMA).astype(jnp.float32)
           plgpu.wait_smem_to_gmem(0, wait_read_only=True)
           weighted[...] = (values * along_rows(weight, COLUMNS)).astype(y.dtype)
-          if save:
-            state_s[w] = state.astype(x.dtype)
+          if save_every:
+
+            @pl.when(lax.rem(chunk(n), jnp.int32(save_every)) == (save_every - 1 if reverse else 0))
+            def _():
+              state_s[w] = state.astype(x.dtype)
+
           plgpu.commit_smem()
-          if save:
-            here = saved_hbm[0].at[batch, head, chunk(n), :, part(w)]
-            plgpu.copy_smem_to_gmem(state_s.at[w], here)
+          if save_every:
+
+            @pl.when(lax.rem(chunk(n), jnp.int32(save_every)) == (save_every - 1 if reverse else 0))
+            def _():
+              at = lax.div(chunk(n), jnp.int32(save_every))
+              here = saved_hbm[0].at[batch, head, at, :, part(w)]
+              plgpu.copy_smem_to_gmem(state_s.at[w], here)
+
           (state,) = mosaic.accumulate(
             simulated, (state * carry, x_s.at[slot].transpose((1, 0)), weighted)
           )
@@ -113,14 +124,14 @@ def boundary_states(
     pl.run_scoped(
       run,
       tile(stages, C, K), tile(stages, W, C, COLUMNS),
-      gates.scratch(stages), tile(W, C, COLUMNS), tile(W, K, COLUMNS) if save else None,
+      gates.scratch(stages), tile(W, C, COLUMNS), tile(W, K, COLUMNS) if save_every else None,
       plgpu.Barrier(num_arrivals=1 + W + gates.copies, num_barriers=stages),
       plgpu.Barrier(num_arrivals=W, num_barriers=stages),
       collective_axes="thread",
     )  # fmt: skip
 
   ends = jax.ShapeDtypeStruct((B, H, tiling.segments, K, V), jnp.float32)
-  saved = [jax.ShapeDtypeStruct((B, H, chunks, K, V), x.dtype)] if save else []
+  saved = [jax.ShapeDtypeStruct((B, H, chunks // save_every, K, V), x.dtype)] if save_every else []
   return plgpu.kernel(
     kernel,
     out_type=[ends, *saved],

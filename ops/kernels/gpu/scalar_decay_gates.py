@@ -50,12 +50,13 @@ class Factors(NamedTuple):
   carry: jax.Array  # scalar, of the state before, in the state after
 
 
-def factors(gates: Gates) -> Factors:
-  """Along the rows of a tile, from the gates of a chunk in shared memory."""
-  row, end = plgpu.load(gates.sums, layout=WGMMA.reduce(1)), gates.sums[CHUNK - 1]
+def factors(gates: Gates, axis: int = 0) -> Factors:
+  """Along an axis of a tile, its rows or columns, from the gates of a chunk in shared memory."""
+  layout = WGMMA.reduce(1 - axis)
+  row, end = plgpu.load(gates.sums, layout=layout), gates.sums[CHUNK - 1]
   from_start, to_end, carry = jnp.exp(row), jnp.exp(end - row), jnp.exp(end)
   if gates.documents is not None:
-    document, last = plgpu.load(gates.documents, layout=WGMMA.reduce(1)), gates.documents[CHUNK - 1]
+    document, last = (plgpu.load(gates.documents, layout=layout), gates.documents[CHUNK - 1])
     from_start = jnp.where(document == 0.0, from_start, 0.0)
     to_end = jnp.where(document == last, to_end, 0.0)
     carry = jnp.where(last == 0.0, carry, 0.0)
