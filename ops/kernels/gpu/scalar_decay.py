@@ -207,10 +207,21 @@ def backward(
     group = lambda x: x.reshape(B, T, Hq, H // Hq, -1).astype(jnp.float32).sum(3).astype(x.dtype)
     dq, dk = group(dq), group(dk)
   db, constant = jnp.moveaxis(parts.sum(2).reshape(B, H, 2, -1, every * CHUNK), 2, 0)
-  to_end = jnp.flip(jnp.cumsum(jnp.flip(db, 3), 3), 3)
-  dg = (to_end + constant.sum(3, keepdims=True)).reshape(B, H, T).transpose(0, 2, 1)
-  dg = jnp.where(log_decay < FLOOR, 0, dg)
+  dg = _sum_from_each_on(db, constant.sum(3, keepdims=True), document)
+  dg = jnp.where(log_decay < FLOOR, 0, dg.reshape(B, H, T).transpose(0, 2, 1))
   if document is not None:
     # There is no state to decay where a document starts.
     dg = where_mask(document == document_before(document, 1), dg)
   return dq, dk, dv, dg, dstates[:, :, 0]
+
+
+def _sum_from_each_on(db, constant, document):
+  """[B H N C]: sums of `db` to the end of the chunk, or the token's document, what comes then."""
+  B, _, N, C = db.shape
+  if document is None:
+    return jnp.flip(jnp.cumsum(jnp.flip(db, 3), 3), 3) + constant
+  document = document.reshape(B, 1, N, C)
+  later = jnp.tril(document[:, 0, :, :, None] == document[:, 0, :, None, :])
+  # No difference of sums: another document's numbers would leave their rounding behind.
+  sums = jnp.einsum("bnij,bhni->bhnj", later.astype(db.dtype), db, precision="highest")
+  return sums + jnp.where(document == document[..., -1:], constant, 0)
