@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ops import dispatch
-from ops.kernels.gpu import scalar_decay
+from ops.kernels.gpu import linear_attention as kernels
 from ops.linear_attention_chunked import chunked, parallel
 from ops.precision import state_dtype, varying_like
 from ops.segments import Segments, find_segments, quarantine, where_mask
@@ -279,7 +279,7 @@ dispatch.declare(
       _parallel, dispatch.anything, "scores of all pairs, T squared of them"
     ),
     "pallas": dispatch.Implementation(
-      scalar_decay.run, scalar_decay.supports, "one pass over memory, states on chip"
+      kernels.run, kernels.supports, "one pass over memory, states on chip"
     ),
   },
   _preference,
