@@ -27,33 +27,34 @@ from jaxtyping import Array, Float
 class Sums(NamedTuple):
   """Sums of gates between the positions of a chunk."""
 
-  from_start: Float[Array, "*n C Kg"]  # over the positions up to this one, itself included
-  to_end: Float[Array, "*n C Kg"]  # over the positions after this one
+  from_start: Float[Array, "*n H M C Kg"]  # over the positions up to this one, itself included
+  to_end: Float[Array, "*n H M C Kg"]  # over the positions after this one
   # For blocks of 2, 4, ... C positions: from the border in the middle to each of the right half,
-  # and from each of the left half, itself left out, to the border; [... C/2h h Kg].
+  # and from each of the left half, itself left out, to the border; [... HM C/2h h Kg].
   borders: list[tuple[Array, Array]]
 
 
-def sum_gates(g: Float[Array, "*n C Kg"]) -> Sums:
+def sum_gates(g: Float[Array, "*n H M C Kg"]) -> Sums:
   """The sums that every score of a chunk is made of."""
+  merged = g.reshape(*g.shape[:-4], -1, *g.shape[-2:])
+  from_start, to_end = merged[..., None, :], jnp.zeros_like(merged)[..., None, :]
   borders = []
-  from_start, to_end = g[..., None, :], jnp.zeros_like(g)[..., None, :]
   while from_start.shape[-3] > 1:
     left, right = _halves(from_start)
     left_end, right_end = _halves(to_end)
     borders.append((right, left_end))
     from_start = jnp.concatenate([left, left[..., -1:, :] + right], axis=-2)
     to_end = jnp.concatenate([left_end + right[..., -1:, :], right_end], axis=-2)
-  return Sums(from_start[..., 0, :, :], to_end[..., 0, :, :], borders)
+  return Sums(from_start.reshape(g.shape), to_end.reshape(g.shape), borders)
 
 
-def pair_decays(sums: Sums) -> Float[Array, "*n C C"]:
+def pair_decays(sums: Sums) -> Float[Array, "*n H M C C"]:
   """exp(g_{j+1} + ... + g_i) for scalar gates [... C 1], 0 where j > i."""
-  size = sums.from_start.shape[-2]
-  blocks = jnp.zeros((*sums.from_start.shape[:-2], size, 1, 1), sums.from_start.dtype)
+  *n, H, M, C, _ = sums.from_start.shape
+  blocks = jnp.zeros((*n, H * M, C, 1, 1), sums.from_start.dtype)
   for right, left in sums.borders:
     blocks = _join(blocks, right + jnp.swapaxes(left, -1, -2), -jnp.inf)
-  return jnp.exp(blocks[..., 0, :, :])
+  return jnp.exp(blocks).reshape(*n, H, M, C, C)
 
 
 def scalar_scores(
@@ -70,9 +71,9 @@ def vector_scores(
   x: Float[Array, "*n H C K"], y: Float[Array, "*n H C K"], sums: Sums, precision
 ) -> Float[Array, "*n H M C C"]:
   """The scores where each of K has its own gate."""
-  M = sums.from_start.shape[-3]
-  blocks = jnp.sum(x * y, axis=-1)[..., None, :, None, None]
-  blocks = jnp.broadcast_to(blocks, (*blocks.shape[:-4], M, *blocks.shape[-3:]))
+  *n, H, M, C, _ = sums.from_start.shape
+  blocks = jnp.broadcast_to(jnp.sum(x * y, axis=-1)[..., None, :], (*n, H, M, C))
+  blocks = blocks.reshape(*n, H * M, C, 1, 1)
   x, y = x[..., None, :], y[..., None, :]  # [... H C 1 K], blocks of one
   for right, left in sums.borders:
     (x_left, x_right), (y_left, y_right) = _halves(x), _halves(y)
@@ -80,18 +81,24 @@ def vector_scores(
     blocks = _join(blocks, across, 0.0)
     x = jnp.concatenate([x_left, x_right], axis=-2)
     y = jnp.concatenate([y_left, y_right], axis=-2)
-  return blocks[..., 0, :, :]
+  return blocks.reshape(*n, H, M, C, C)
+
+
+# Axes are merged where they can be: on CPUs jaxlib 0.10.2 may crash in products, and in sums, of
+# more than six.
 
 
 def _weigh(x, gates):
-  """Each of [... H n h K] under M decays: [... H M n h K]; n and h are one axis meanwhile."""
-  merge = lambda x: x.reshape(*x.shape[:-3], -1, x.shape[-1])
-  weighed = merge(x)[..., None, :, :] * jnp.exp(merge(gates))
-  return weighed.reshape(*gates.shape[:-1], x.shape[-1])
+  """Each of [... H n h K] under the decays of M heads [... HM n h K]."""
+  H, K = x.shape[-4], x.shape[-1]
+  weighed = x.reshape(*x.shape[:-3], 1, -1, K) * jnp.exp(
+    gates.reshape(*gates.shape[:-4], H, -1, x.shape[-3] * x.shape[-2], K)
+  )
+  return weighed.reshape(gates.shape)
 
 
 def _products(x, y, precision):
-  """x y^T of blocks [... M n h K]: [... M n h h]; M and n are one axis meanwhile."""
+  """x y^T of blocks [... HM n h K]: [... HM n h h]."""
   merge = lambda x: x.reshape(*x.shape[:-4], -1, *x.shape[-2:])
   products = jnp.einsum("...ik,...jk->...ij", merge(x), merge(y), precision=precision)
   return products.reshape(*x.shape[:-1], y.shape[-2])

@@ -146,19 +146,43 @@ def _segment(precision, invert, state, arrays):
 
     chunks = (k, v, beta, A, inverse, from_start, to_end, across, carried, alive, at_end)
     state, (before, v) = jax.lax.scan(step, state, chunks)
-  o = masked(alive, read(q, from_start, before)) + contract("...ij,...jv->...iv", scores(q), v)
+  o = masked(alive, read(q, from_start, before)) + _by_head(
+    contract, "...ij,...jv->...iv", scores(q), v
+  )
   return state, o
 
 
 def _read(contract, x, decay, S):
   """(x decay)^T S for x [... H C K], decay [... H M C 1 or K], S [... H M K V]: [... H M C V]."""
   if decay.shape[-1] == 1:
-    return decay * contract("...hik,...hmkv->...hmiv", x, S)
-  return contract("...hmik,...hmkv->...hmiv", x[..., None, :, :] * decay, S)
+    return decay * _to_heads(contract("...ik,...kv->...iv", x, _to_columns(S)), S.shape[-3])
+  return _by_head(contract, "...ik,...kv->...iv", x[..., None, :, :] * decay, S)
 
 
 def _write(contract, x, decay, v):
-  """sum_C (x decay) v^T: [... H M K V]."""
+  """sum_C (x decay) v^T for v [... H M C V]: [... H M K V]."""
   if decay.shape[-1] == 1:
-    return contract("...hik,...hmiv->...hmkv", x, decay * v)
-  return contract("...hmik,...hmiv->...hmkv", x[..., None, :, :] * decay, v)
+    return _to_heads(contract("...ik,...iv->...kv", x, _to_columns(decay * v)), v.shape[-3])
+  return _by_head(contract, "...ik,...iv->...kv", x[..., None, :, :] * decay, v)
+
+
+# On CPUs jaxlib 0.10.2 may crash in products of more than six axes: M is part of another one
+# meanwhile.
+
+
+def _to_columns(x):
+  """[... M K V] -> [... K MV]: the heads that share a key are columns beside each other."""
+  x = jnp.moveaxis(x, -3, -2)
+  return x.reshape(*x.shape[:-2], -1)
+
+
+def _to_heads(x, M):
+  """[... K MV] -> [... M K V]."""
+  return jnp.moveaxis(x.reshape(*x.shape[:-1], M, -1), -2, -3)
+
+
+def _by_head(contract, equation, x, y):
+  """A product for each of [... H M] heads."""
+  merge = lambda x: x.reshape(*x.shape[:-4], -1, *x.shape[-2:])
+  product = contract(equation, merge(x), merge(y))
+  return product.reshape(*x.shape[:-2], *product.shape[-2:])

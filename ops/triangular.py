@@ -43,7 +43,11 @@ def _substitute(A):
 
 
 def _product(left, right):
-  return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+  """Products of matrices whose last axes before them are one meanwhile: on CPUs jaxlib 0.10.2 may
+  crash where there are more than six axes in all."""
+  merge = lambda x: x.reshape(*x.shape[:-5], -1, *x.shape[-2:]) if x.ndim > 5 else x
+  product = jnp.matmul(merge(left), merge(right), precision=jax.lax.Precision.HIGHEST)
+  return product.reshape(*left.shape[:-1], right.shape[-1])
 
 
 def solve(
