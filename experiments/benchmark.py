@@ -32,7 +32,7 @@ from experiments import benchmark_training, plots
 from experiments.benchmark_cases import CASES, PRESETS, Workload, make_workload
 from experiments.benchmark_measure import IMPLEMENTATIONS, benchmark_op
 from experiments.benchmark_peers import Peers
-from experiments.errors import UserError
+from experiments.errors import UserError, check_writable
 from experiments.floors import PASSES
 from experiments.memory import keep_memory
 
@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = _parser()
   arguments = parser.parse_args(argv)
   try:
+    check_writable("--json", arguments.json)
+    check_writable("--plot", arguments.plot)
     if arguments.training:
       rows = benchmark_training.compare_training()
       print(benchmark_training.table(rows))
@@ -49,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.write_rows(rows, arguments.json)
     else:
       rows = _measure(arguments)
+      if not rows:
+        raise UserError("nothing was timed: what was asked for cannot run here", status=1)
       if arguments.plot:
         plots.roofline(rows, arguments.plot)
   except UserError as error:

@@ -54,7 +54,9 @@ def train(
         cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment,
       ).returncode  # fmt: skip
     if status or not evaluation.exists():
-      raise UserError(f"{name} with seed {seed} ended with {status}, see {workdir / 'output.txt'}")
+      path = workdir / "output.txt"
+      said = " ".join(path.read_text().strip().splitlines()[-1:])
+      raise UserError(f"{name} with seed {seed} ended with {status}, see {path}: {said}")
   return json.loads(evaluation.read_text())
 
 
@@ -80,33 +82,39 @@ def table(results: dict[str, list[dict[str, float]]], arg: str) -> str:
   return "\n".join(lines)
 
 
+def _full_name(name: str) -> str:
+  full = name if name.startswith("austen_") else f"austen_{name}"
+  if full not in names():
+    raise UserError(f"--configs has {name!r}, must be among {', '.join(names())}")
+  return full
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """The command line of this module; returns the exit status."""
   parser = argparse.ArgumentParser(
     prog="python -m experiments.compare", description="Trains experiments and tabulates them."
   )
-  parser.add_argument("--configs", default=",".join(names()), help="default: every austen_*.py")
+  parser.add_argument(
+    "--configs", default=",".join(names()), help="such as gla,mamba2; default: every austen_*.py"
+  )
   parser.add_argument("--arg", default="", help="of each config, such as small")
   parser.add_argument("--seeds", default="0", help="such as 0,1,2")
   parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
   parser.add_argument("--directory", type=pathlib.Path, default=ROOT / "runs" / "compare")
   parser.add_argument("options", nargs="*", help="of run.py, behind --")
   arguments = parser.parse_args(argv)
-  chosen = arguments.configs.split(",")
-  for name in chosen:
-    if name not in names():
-      parser.error(f"--configs has {name!r}, must be among {', '.join(names())}")
-  if not all(seed.isdecimal() for seed in arguments.seeds.split(",")):
-    parser.error(f"--seeds is {arguments.seeds!r}, must be numbers such as 0,1,2")
-  if arguments.jobs < 1:
-    parser.error(f"--jobs is {arguments.jobs}, must be at least 1")
-  results: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
-  wanted = [(int(seed), name) for seed in arguments.seeds.split(",") for name in chosen]
   try:
+    chosen = [_full_name(name) for name in arguments.configs.split(",")]
+    seeds = arguments.seeds.split(",")
+    if not all(seed.isdecimal() for seed in seeds):
+      raise UserError(f"--seeds is {arguments.seeds!r}, must be numbers such as 0,1,2")
+    if arguments.jobs < 1:
+      raise UserError(f"--jobs is {arguments.jobs}, must be at least 1")
+    directory = arguments.directory.resolve()
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
+    wanted = [(int(seed), name) for seed in seeds for name in chosen]
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-      one = lambda item: train(
-        item[1], arguments.arg, item[0], arguments.directory, arguments.options
-      )
+      one = lambda item: train(item[1], arguments.arg, item[0], directory, arguments.options)
       for (seed, name), result in zip(wanted, pool.map(one, wanted)):
         print(f"{name} {seed}: {result['validation/bits_per_byte']:.4f} bits/byte", flush=True)
         results[name].append(result)

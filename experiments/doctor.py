@@ -30,7 +30,7 @@ from experiments import doctor_inputs, doctor_report
 from experiments.doctor_inputs import SUBJECTS, Shape, Subject
 from experiments.doctor_limits import Verdict, judge
 from experiments.doctor_report import Cell, Examination
-from experiments.errors import UserError
+from experiments.errors import UserError, check_writable
 
 IMPLEMENTATIONS = ("recurrent", "parallel", "chunked", "pallas")
 DTYPES = ("float32", "bfloat16", "float64")
@@ -190,13 +190,16 @@ def run(
     markdown: a file for the table.
 
   Raises:
-    UserError: a name that does not exist; or, with status 1, something failed.
+    UserError: a name that does not exist, a file that cannot be written; or, with status 1,
+      something failed.
   """
   names = _chosen("op", op, [subject.name for subject in SUBJECTS])
   implementations = _chosen("implementation", implementation, IMPLEMENTATIONS)
   # TPUs compute in no float64.
   possible = [name for name in DTYPES if name != "float64" or ops.dispatch.platform() != "tpu"]
   dtypes = _chosen("dtype", dtype, possible)
+  check_writable("--json", json)
+  check_writable("--markdown", markdown)
   began = time.perf_counter()
   print(f"{doctor_report.environment()}\n\n{doctor_report.HEAD}", flush=True)
   examinations = []

@@ -81,9 +81,11 @@ def linear_attention(
     emit_states: m > 0 also returns the state after each of the last m tokens (the first m with
       `reverse`): what rolls a speculative decoder back.
     tree_mask: bool [T T] or [B T T] makes the tokens a tree: true where column is an ancestor of
-      row or row itself. Parents come before their children. Each token then continues the path from
+      row; the diagonal does not matter. Parents must come before their children (after them with
+      `reverse`), which is not checked. Each token then continues the path from
       `initial_state` through its ancestors. One chunk: T squared pairs of scores, and states.
-    accepted: int32 [B], with `tree_mask`: the token whose state is returned; None is the last.
+    accepted: int32 [B], with `tree_mask`: the token, 0 to T-1, whose state is returned; None is the
+      last.
 
   Returns:
     o [B T H V] in the dtype of `v`, the final state [B H K V] in float32 (float64 for float64

@@ -120,10 +120,11 @@ def test_a_failure_is_reported_and_the_others_go_on(monkeypatch, tmp_path, capsy
 def test_what_needs_too_much_memory_is_left_out(monkeypatch, capsys):
   monkeypatch.setattr(timing, "device_memory", lambda: 10)
   command = ["--op=causal_conv", "--shape=B1,T3,D2", "--pass=forward", "--no-check"]
-  assert benchmark.main([*command, "--implementation=parallel"]) == 0
-  assert "left out: causal_conv B1 T3 D2 W4 forward parallel needs 0.0 GB" in (
-    capsys.readouterr().out
-  )
+  with pytest.raises(SystemExit, match="1"):
+    benchmark.main([*command, "--implementation=parallel"])
+  said = capsys.readouterr()
+  assert "left out: causal_conv B1 T3 D2 W4 forward parallel needs 0.0 GB" in said.out
+  assert said.err == "error: nothing was timed: what was asked for cannot run here\n"
 
 
 def test_error_is_that_of_values_and_gradients(monkeypatch):
