@@ -11,13 +11,10 @@ them, or not finite.
 """
 
 import argparse
-import concurrent.futures
 import contextlib
 import functools
-import os
 import pathlib
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -34,9 +31,6 @@ from experiments.errors import UserError, check_writable
 
 IMPLEMENTATIONS = ("recurrent", "parallel", "chunked", "pallas")
 DTYPES = ("float32", "bfloat16", "float64")
-# Programs are compiled side by side but run one at a time: on CPUs, jaxlib 0.10.2 hangs now and
-# then where several threads run programs.
-_RUNNING = threading.Lock()
 
 
 def examine(
@@ -169,8 +163,7 @@ def _run_all(function, inputs, shape) -> list[dict[str, np.ndarray]]:
   """Values and gradients for each of `inputs`, by one program."""
   segments = _segments(shape)
   program = value_and_gradients(function).lower(inputs[0], segments).compile()
-  with _RUNNING:
-    return [jax.tree.map(np.asarray, program(arrays, segments)) for arrays in inputs]
+  return [jax.tree.map(np.asarray, program(arrays, segments)) for arrays in inputs]
 
 
 def _cpu():
@@ -232,17 +225,16 @@ def _chosen(flag: str, text: str, allowed: Sequence[str]) -> list[str]:
 
 
 def _all(names, dtypes, implementations) -> Iterator[Examination]:
-  """In the order of the table; compiled side by side, which is most of the time."""
+  """In the order of the table. One after the other: on CPUs, jaxlib 0.10.2 hangs now and then where
+  one thread compiles and another runs."""
   wanted = [
     (subject, dtype)
     for subject in SUBJECTS
     for dtype in dtypes
     if subject.name in names and not (subject.is_complex and dtype == "bfloat16")
   ]
-  work = lambda case: list(examine(*case, implementations))
-  with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-    for examinations in pool.map(work, wanted):
-      yield from examinations
+  for case in wanted:
+    yield from examine(*case, implementations)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
