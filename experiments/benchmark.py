@@ -30,11 +30,12 @@ from collections.abc import Iterator, Sequence
 from experiments import benchmark_report as report
 from experiments import benchmark_training, plots
 from experiments.benchmark_cases import CASES, PRESETS, Workload, make_workload
-from experiments.benchmark_measure import IMPLEMENTATIONS, benchmark_op
+from experiments.benchmark_measure import benchmark_op
 from experiments.benchmark_peers import Peers
 from experiments.errors import UserError, check_writable
 from experiments.floors import PASSES
 from experiments.memory import keep_memory
+from ops.dispatch import IMPLEMENTATIONS
 
 
 def main(argv: Sequence[str] | None = None) -> int:

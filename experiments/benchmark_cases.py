@@ -82,10 +82,6 @@ def _oracle(q, k, v, g=None, beta=None):
   return reference.linear_attention(q, k, v, log_decay=g, beta=beta)
 
 
-def _ssd_oracle(x, dt, A, B, C):
-  return reference.linear_attention(C, B, dt[..., None] * x, log_decay=dt * A, scale=1.0)
-
-
 def _retention_oracle(q, k, v):
   decay = jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(v.shape[2]))))
   return _oracle(q, k, v, jnp.broadcast_to(decay, v.shape[:3]))
@@ -122,7 +118,7 @@ CASES = {
   "linear_attention": Case(ops.linear_attention, _oracle, MATRIX, _matrix_state()),
   "ssd": Case(
     ops.ssd,
-    _ssd_oracle,
+    reference.ssd,
     MATRIX,
     lambda B, T, H, G, K, V: {
       "x": _normal(2, B, T, H, V),

@@ -10,8 +10,7 @@ from experiments import benchmark_timing as timing
 from experiments import floors
 from experiments.benchmark_cases import CASES, Workload, abstract, calls_of, refusal
 from experiments.floors import PASSES
-
-IMPLEMENTATIONS = ("recurrent", "parallel", "chunked", "pallas")
+from ops.dispatch import IMPLEMENTATIONS
 
 
 def benchmark_op(

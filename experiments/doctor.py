@@ -28,8 +28,8 @@ from experiments.doctor_inputs import SUBJECTS, Shape, Subject
 from experiments.doctor_limits import Verdict, judge
 from experiments.doctor_report import Cell, Examination
 from experiments.errors import UserError, check_writable
+from ops.dispatch import IMPLEMENTATIONS
 
-IMPLEMENTATIONS = ("recurrent", "parallel", "chunked", "pallas")
 DTYPES = ("float32", "bfloat16", "float64")
 
 

@@ -284,14 +284,6 @@ def _ssd(family, rng, shape):
   }
 
 
-def _ssd_oracle(x, dt, A, B, C, D, segment_ids=None, **options):
-  y, state = reference.linear_attention(
-    C, B, dt[..., None] * x, log_decay=dt * A, scale=1.0, segment_ids=segment_ids, **options
-  )
-  real = True if segment_ids is None else (segment_ids >= 0)[..., None, None]
-  return y + real * D[:, None] * x, state
-
-
 def _attention_oracle(q, k, v, g=None, beta=None, **options):
   if g is not None and g.ndim == 1:
     g = jnp.broadcast_to(g, v.shape[:3])
@@ -356,7 +348,7 @@ SUBJECTS = (
   _front("linear_attention", (), (15, 63, 127)),
   _front("retention", ("gate",), (16, 64, 257), gate="constant",
          factors={"g": lambda x: _per_head(x) * _of_all_tokens(x)}),
-  _front("ssd", _DECAY, (17, 65, 1000), draw=_ssd, oracle=_ssd_oracle, query="C",
+  _front("ssd", _DECAY, (17, 65, 1000), draw=_ssd, oracle=reference.ssd, query="C",
          factors={"dt": lambda x: _per_head(x) * np.abs(x["A"]).max(),
                   "A": lambda x: _per_head(x) * x["dt"].max() * _of_all_tokens(x)}),
   _front("gla", (*_DECAY, "gate over channels"), (15, 65, 257), gate="channel"),

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 import ops
 from lm_models import layers
 
-IMPLEMENTATIONS = (None, "recurrent", "parallel", "chunked", "pallas")
+IMPLEMENTATIONS = (None, *ops.dispatch.IMPLEMENTATIONS)
 
 
 def check_implementation(config: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 Reason = str | None
+IMPLEMENTATIONS = ("recurrent", "parallel", "chunked", "pallas")  # the names there are
 
 
 class Implementation(NamedTuple):

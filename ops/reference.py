@@ -98,3 +98,14 @@ def linear_attention(
   if initial_state is None:
     initial_state = jnp.zeros((v.shape[0], heads, K, v.shape[3]), v.dtype)
   return _loop(update, initial_state, (q, k, v, log_decay, beta), segment_ids, reverse)
+
+
+def ssd(x, dt, A, B, C, D=None, *, segment_ids=None, **options):
+  """S <- exp(dt A) S + B (dt x)^T, y = C^T S + D x, which is `linear_attention` plus the skip."""
+  y, state = linear_attention(
+    C, B, dt[..., None] * x, log_decay=dt * A, scale=1.0, segment_ids=segment_ids, **options
+  )
+  if D is None:
+    return y, state
+  real = True if segment_ids is None else (segment_ids >= 0)[..., None, None]
+  return y + jnp.where(real, D[:, None] * x, 0), state

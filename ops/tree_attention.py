@@ -46,11 +46,7 @@ def tree_attention(tokens, state, mask, accepted, emit_states, precision):
   if tokens.beta is not None:
     beta = heads_first(tokens.beta, 3)[..., None]
     A = jnp.where(jnp.tril(jnp.ones((T, T), bool), -1), beta * scores(k), 0)
-    inverse = jax.scipy.linalg.solve_triangular(
-      A + jnp.eye(T, dtype=A.dtype), jnp.broadcast_to(jnp.eye(T, dtype=A.dtype), A.shape),
-      lower=True, unit_diagonal=True,
-    )  # fmt: skip
-    v = solve(A, jax.lax.stop_gradient(inverse), beta * (v - read(k)))
+    v = solve(A, None, beta * (v - read(k)))
   o = read(q) + contract("bhmij,bhmjv->bhmiv", scores(q), v)
 
   def states_after(nodes):  # [B m]

@@ -9,7 +9,9 @@ from experiments import benchmark_peers, benchmark_timing
 from experiments.benchmark_cases import make_workload
 from experiments.benchmark_peers import Peers
 
-needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="no torch here")
+needs_torch = pytest.mark.skipif(
+  importlib.util.find_spec("torch") is None, reason="torch, an optional peer, is not installed"
+)
 WORKLOAD = make_workload("ssd", "B1,T6,H4,G2,K8,V8", "bfloat16")
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import jax.numpy as jnp
 import numpy as np
 
 import ops
@@ -75,14 +74,6 @@ def _log_decays(rng, shape):
   return -rng.permuted(np.resize(RATES, shape), axis=1) * rng.uniform(0.5, 1.5, size=shape)
 
 
-def _ssd_oracle(x, dt, A, B, C, D, *, segment_ids=None, **options):
-  y, state = reference.linear_attention(
-    C, B, dt[..., None] * x, log_decay=dt * A, scale=1.0, segment_ids=segment_ids, **options
-  )
-  real = True if segment_ids is None else (segment_ids >= 0)[..., None, None]
-  return y + jnp.where(real, D[:, None] * x, 0), state
-
-
 def _selective_step(state, token, others):
   skip = {name: others[name] for name in ("A", "D")}
   return ops.selective_scan_step(state, **token, **skip)
@@ -148,7 +139,7 @@ ROWS = [
     "ssd",
     op=ops.ssd,
     step=lambda state, token, others: ops.ssd_step(state, **token, A=others["A"], D=others["D"]),
-    oracle=_ssd_oracle,
+    oracle=reference.ssd,
     implementations=("chunked",),
     shapes={
       "x": "B T H V",

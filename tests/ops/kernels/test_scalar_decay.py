@@ -14,7 +14,7 @@ from ops.kernels.gpu import scalar_decay
 from tests.ops import compare
 
 needs_mosaic = pytest.mark.skipif(
-  tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11), reason="jax is older than 0.11"
+  tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11), reason="the kernels need jax 0.11"
 )
 
 
