@@ -10,10 +10,25 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
   if "host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 
+import jax
 import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook(["ops", "lm_models"], "beartype.beartype")
+
+
+# Of the 65,530 mappings of memory that Linux allows a process. Each program that XLA compiles for a
+# CPU takes tens; a compilation that gets none ends the process with a segmentation fault.
+MAPPINGS = 25_000
+
+
+@pytest.fixture(autouse=True)
+def few_mappings():
+  """Drops what JAX has compiled before a test process runs out of mappings."""
+  yield
+  mappings = pathlib.Path("/proc/self/maps")
+  if mappings.exists() and mappings.read_bytes().count(b"\n") > MAPPINGS:
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
