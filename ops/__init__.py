@@ -21,5 +21,7 @@ from ops.linear_attention import linear_attention_step as linear_attention_step
 from ops.linear_scan import linear_scan as linear_scan
 from ops.linear_scan import linear_scan_step as linear_scan_step
 from ops.normalize import l2_normalize as l2_normalize
+from ops.plstm_2d import largest_column_sum as largest_column_sum
+from ops.plstm_2d import plstm_2d as plstm_2d
 from ops.selective_scan import selective_scan as selective_scan
 from ops.selective_scan import selective_scan_step as selective_scan_step

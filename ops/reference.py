@@ -109,3 +109,57 @@ def ssd(x, dt, A, B, C, D=None, *, segment_ids=None, **options):
     return y, state
   real = True if segment_ids is None else (segment_ids >= 0)[..., None, None]
   return y + jnp.where(real, D[:, None] * x, 0), state
+
+
+def plstm_2d(
+  q, k, v, source, transition, mark, direct, *, scale=None, initial_state=None, structure="general"
+):
+  """Node after node, row after row: o = scale q^T (mark_l l + mark_u u + direct k v^T), then
+  right = T_rl l + T_ru u + source_r k v^T, below = T_dl l + T_du u + source_d k v^T;  states
+  [B (4) Y H K V] and [B (4) X H K V]."""
+  if structure == "separable":
+    transition = transition.at[..., 1, 0].set(0)
+  elif structure == "merged":
+    transition = jnp.stack([transition[..., 0]] * 2, axis=-1)
+    mark = jnp.stack([mark[..., 0]] * 2, axis=-1)
+  if source.ndim == 5:
+    arguments = (q, k, v, source, transition, mark, direct, scale, initial_state)
+    return _plstm_2d_one_run(*arguments)
+  total, states = 0, []
+  for o, axes in enumerate([(), (2,), (1,), (1, 2)]):
+    flip = lambda x, axes=axes: jnp.flip(x, axes)
+    gates = [flip(x[:, :, :, o]) for x in (source, transition, mark)]
+    self_read = direct if o == 0 else jnp.zeros_like(direct)
+    state = None if initial_state is None else [x[:, o] for x in initial_state]
+    arguments = (flip(q), flip(k), flip(v), *gates, flip(self_read), scale, state)
+    output, final_state = _plstm_2d_one_run(*arguments)
+    total = total + flip(output)
+    states.append(final_state)
+  return total, tuple(jnp.stack(x, axis=1) for x in zip(*states, strict=True))
+
+
+def _plstm_2d_one_run(q, k, v, source, transition, mark, direct, scale, initial_state):
+  (B, Y, X, H, K), V = q.shape, v.shape[-1]
+  scale = K**-0.5 if scale is None else scale
+  if initial_state is None:
+    initial_state = (jnp.zeros((B, n, H, K, V), v.dtype) for n in (Y, X))
+  first_left, first_above = initial_state
+
+  def update(carry, n):
+    left, above = carry  # what leaves the node before; what leaves the lowest node of each column
+    y, x = n // X, n % X
+    read = lambda array: array[:, y, x]
+    t, s, m = (read(array)[..., None, None] for array in (transition, source, mark))
+    l = jnp.where(x == 0, first_left[:, y], left)
+    u = above[:, x]
+    write = read(k)[..., None] * read(v)[..., None, :]
+    seen = m[:, :, 0] * l + m[:, :, 1] * u + read(direct)[..., None, None] * write
+    right = t[:, :, 0, 0] * l + t[:, :, 0, 1] * u + s[:, :, 0] * write
+    below = t[:, :, 1, 0] * l + t[:, :, 1, 1] * u + s[:, :, 1] * write
+    o = scale * jnp.sum(read(q)[..., None] * seen, axis=2)
+    return (right, above.at[:, x].set(below)), (o, right)
+
+  carry = (jnp.zeros_like(first_left[:, 0]), first_above)
+  (_, final_below), (o, right) = jax.lax.scan(update, carry, jnp.arange(Y * X))
+  on_grid = lambda array: jnp.moveaxis(array, 0, 1).reshape(B, Y, X, *array.shape[2:])
+  return on_grid(o), (on_grid(right)[:, :, -1], final_below)
