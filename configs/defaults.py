@@ -8,7 +8,7 @@ def get_config(arg=None):
   config = ConfigDict()
 
   config.data = data = ConfigDict()
-  data.name = "austen/chapters"  # austen/chapters, austen/novels, folder, or a TFDS data set's name
+  data.name = "austen/chapters"  # austen/chapters, austen/novels, folder, a TFDS data set's name; or a task: parity, rays, arrow
   data.directory = (
     ""  # the folder of .txt and .jsonl files, or where TFDS keeps data; empty is the usual place
   )
@@ -25,6 +25,9 @@ def get_config(arg=None):
   data.test_fraction = 0.01  # share of a folder's documents that its test split gets
   data.cache_directory = "~/.cache/recurrax"  # where prepared data lie
   data.prefetch = 4  # batches made ahead
+  data.side = 8  # side of the images of a task that are trained on, pixels (rays: cells)
+  data.examples = 0  # different examples of arrow that are trained on; 0 makes new ones for ever
+  data.supervise = "all"  # bits of parity that are learnt from: all, or the last of each row
 
   config.model = model = ConfigDict()
   model.vocab_size = 264  # rows of the embedding; at least the tokenizer's vocabulary (bytes: 257)
@@ -115,6 +118,9 @@ def get_config(arg=None):
   evaluation.carry_state = (
     True  # documents are read from start to end with state; False starts every T tokens anew
   )
+
+  evaluation.lengths = ()  # lengths (parity: tokens; rays, arrow: side) a task is evaluated at; () is that of training
+  evaluation.examples = 1024  # examples of a task at each length; during training a tenth
 
   config.checkpoint = checkpoint = ConfigDict()
   checkpoint.every_steps = 200  # steps between checkpoints; the last step has one always

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from experiments import benchmark_report as report
-from experiments import plots, sharding, train_step
+from experiments import models, plots, sharding, train_step
 from experiments.benchmark_cases import calls_of_model, workloads_of
 from experiments.benchmark_measure import benchmark_op
 from experiments.benchmark_timing import time_calls
@@ -19,7 +19,7 @@ def benchmark_config(config, workdir: str) -> None:
 
   The ops are found by tracing the model; they are timed without documents or a state.
   """
-  model = train_step.model_config(config)
+  model = models.language_model(config)
   B = config.train.batch_size // config.train.accumulate
   found = workloads_of(calls_of_model(model, B, config.data.T))
   for workload, chosen in found.items():

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from experiments.errors import UserError
-from experiments.train_step import model_config
+from experiments.models import language_model
 from lm_models import lm
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -71,7 +71,7 @@ def table(results: dict[str, list[dict[str, float]]], arg: str) -> str:
   mean = lambda name, key: np.mean([run[key] for run in results[name]])
   for name in sorted(results, key=lambda name: mean(name, splits[0])):
     config = importlib.import_module(f"configs.{name}").get_config(arg or None)
-    parameters = lm.parameter_count(model_config(config))
+    parameters = lm.parameter_count(language_model(config))
     cells = [
       f"{mean(name, key):.3f} ± {np.std([run[key] for run in results[name]], ddof=1):.3f}"
       if len(results[name]) > 1

@@ -11,7 +11,7 @@ import numpy as np
 from experiments import sharding
 from experiments.data import pipeline
 from experiments.errors import UserError
-from experiments.train_step import batch_nats, model_config
+from experiments.models import language_model
 from lm_models import lm
 
 # Bucket i holds the positions 2^i - 1 .. 2^(i+1) - 2.
@@ -32,6 +32,16 @@ class Evaluation:
   tokens: int
   by_position: tuple[tuple[int, int, int, float], ...]
 
+  @property
+  def metrics(self) -> dict[str, float]:
+    """What is logged."""
+    return {"bits_per_byte": self.bits_per_byte}
+
+  @property
+  def summary(self) -> str:
+    """What is printed."""
+    return f"{self.bits_per_byte:.3f} bits/byte"
+
 
 class Evaluator:
   """Evaluates parameters on splits; compiles once."""
@@ -45,18 +55,20 @@ class Evaluator:
         f" = {shards}"
       )
     self._config, self._mesh = config, mesh
-    self._model = model_config(config)
+    self._model = language_model(config)
     self._step = jax.jit(functools.partial(_step, self._model), donate_argnums=2)
 
-  def __call__(self, params, split: str, max_tokens: int = 0) -> Evaluation:
-    """Reads a split from start to end.
+  def __call__(self, params, split: str, brief: bool = False) -> Evaluation:
+    """Reads a split from its start.
 
     Args:
       params: of the model.
       split: "validation" or "test", whose TFDS names are in the group `data`.
-      max_tokens: stops after about so many; 0 reads everything.
+      brief: stops after about `eval.max_tokens` rather than `eval.final_max_tokens`; 0 of either
+        is the whole split.
     """
     config, mesh = self._config, self._mesh
+    max_tokens = config.eval.max_tokens if brief else config.eval.final_max_tokens
     batches = pipeline.evaluation_batches(
       config.data,
       config.data[f"{split}_split"],
@@ -94,9 +106,12 @@ class Evaluator:
 def _step(model, params, batch, carry):
   """Sums over one batch: nats and targets in each bucket of positions, and the state after it."""
   carry = lm.keep_state(carry, batch["continues"])
-  nats, real, carry = batch_nats(model, params, batch, carry)
+  nats, carry = lm.token_nats(
+    model, params, batch["inputs"], batch["targets"], carry, batch["segment_ids"]
+  )
+  real = batch["segment_ids"] >= 0
   edges = 2 ** jnp.arange(1, BUCKETS, dtype=jnp.int32) - 1
   bucket = jnp.searchsorted(edges, batch["positions"], side="right")
-  sums = jnp.zeros(BUCKETS).at[bucket].add(nats)
+  sums = jnp.zeros(BUCKETS).at[bucket].add(jnp.where(real, nats, 0.0))
   counts = jnp.zeros(BUCKETS, jnp.int32).at[bucket].add(real)
   return (sums, counts), carry

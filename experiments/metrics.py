@@ -270,8 +270,9 @@ def progress_line(
   step: int,
   total: int,
   *,
-  bits_per_byte: float | None = None,
-  tokens_per_second: float | None = None,
+  said: str | None = None,
+  speed: float | None = None,
+  unit: str = "tokens",
   mfu: float | None = None,
   eta: float | None = None,
   learning_rate: float | None = None,
@@ -281,8 +282,9 @@ def progress_line(
   Args:
     step: Steps done.
     total: Steps in all.
-    bits_per_byte: Training loss.
-    tokens_per_second: Over all devices.
+    said: On the training loss, such as "1.983 bits/byte".
+    speed: In units per second, over all devices.
+    unit: What is counted.
     mfu: Model FLOP/s over peak FLOP/s, 0 to 1.
     eta: Seconds to go.
     learning_rate: Of the last step.
@@ -291,10 +293,10 @@ def progress_line(
     Such as "step  1200/3000   1.983 bits/byte   154k tokens/s   MFU 31%   lr 1.2e-03   4:10 left".
   """
   parts = [f"step {step:>{len(str(total))}}/{total}"]
-  if bits_per_byte is not None:
-    parts.append(f"{bits_per_byte:.3f} bits/byte")
-  if tokens_per_second is not None:
-    parts.append(f"{_short(tokens_per_second)} tokens/s")
+  if said is not None:
+    parts.append(said)
+  if speed is not None:
+    parts.append(f"{_short(speed)} {unit}/s")
   if mfu is not None:
     parts.append(f"MFU {100 * mfu:.0f}%" if mfu >= 0.0995 else f"MFU {100 * mfu:.1f}%")
   if learning_rate is not None:

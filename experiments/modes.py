@@ -9,7 +9,6 @@ from experiments import (
   doctor,
   limits,
   metrics,
-  report,
   sharding,
   train_step,
   workspace,
@@ -17,7 +16,7 @@ from experiments import (
 from experiments.benchmark_config import benchmark_config
 from experiments.checkpoints import Checkpoints
 from experiments.errors import UserError
-from experiments.evaluate import Evaluator
+from experiments.tasks import make_task
 from experiments.train import evaluation_params, train
 
 
@@ -32,15 +31,15 @@ def run(invocation: configuration.Invocation) -> None:
 
 
 def _eval(config, workdir: str) -> None:
-  """Bits per byte of the validation and test splits."""
+  """What the task measures on the validation and test splits."""
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    evaluator = Evaluator(config, mesh)
+    task = make_task(config)
+    evaluator = task.evaluator(mesh)
     params, step = _trained(config, workdir, mesh)
     progress = metrics.Progress()
     progress.say(f"checkpoint of step {step}")
-    results = report.evaluate_splits(config, evaluator, params, progress)
-    for path in report.write_evaluation(results, pathlib.Path(workdir)):
+    for path in task.evaluate(evaluator, params, pathlib.Path(workdir), progress):
       progress.say(f"wrote {path}")
 
 
@@ -49,8 +48,9 @@ def _sample(config, workdir: str) -> None:
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     params, _ = _trained(config, workdir, mesh)
+    pieces = make_task(config).sample(params)
     print(config.sample.prompt, end="", flush=True)
-    for piece in report.sample_text(config, train_step.model_config(config), params):
+    for piece in pieces:
       print(piece, end="", flush=True)
     print()
 

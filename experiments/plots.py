@@ -100,6 +100,39 @@ def loss_curve(metrics_path: str | os.PathLike, png: str | os.PathLike) -> None:
     _write(figure, png)
 
 
+def accuracy_curve(metrics_path: str | os.PathLike, png: str | os.PathLike) -> None:
+  """Draws the validation accuracy, or F1 where it was measured, at each length against steps.
+
+  Args:
+    metrics_path: A metrics.jsonl, or the run directory that holds one.
+    png: The file to write.
+
+  Raises:
+    UserError: The log holds no validation.
+  """
+  rows = metrics.read(metrics_path)
+  keys = dict.fromkeys(key for row in rows for key in row if key.startswith("validation/"))
+  kind = "f1" if any(key.startswith("validation/f1/") for key in keys) else "accuracy"
+  curves = {key.split("/")[2]: key for key in keys if key.startswith(f"validation/{kind}/")}
+  if not curves:
+    raise UserError(f"{metrics_path} has no validation/accuracy to draw")
+  with matplotlib.rc_context(STYLE):
+    figure, axes = _canvas()
+    for (length, key), color, mark in zip(
+      curves.items(), itertools.cycle([*MARK_COLORS.values(), *MORE_COLORS]), itertools.cycle(MARKS)
+    ):
+      steps, values = _series(rows, key)
+      axes.plot(
+        steps, values, color=color, marker=mark, markersize=4, linewidth=1.8, label=f"at {length}"
+      )
+    axes.set_ylim(0, 1.02)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("step")
+    axes.set_ylabel("F1" if kind == "f1" else "accuracy")
+    axes.legend(loc="lower right")
+    _write(figure, png)
+
+
 def bits_per_byte_by_position(rows: Iterable[Mapping[str, Any]], png: str | os.PathLike) -> None:
   """Draws bits per byte against the position in the document: what the model makes of context.
 

@@ -12,17 +12,11 @@ from experiments.data import pipeline
 from lm_models import lm
 
 
-def greet(progress, config, model: lm.Config, mesh, tokens_per_byte: float) -> None:
+def greet(progress, task, mesh) -> None:
   """Prints what is about to be trained, on what."""
   device = jax.devices()[0]
-  millions = lm.parameter_count(model) / 1e6
-  progress.say(
-    f"{' '.join(model.pattern)}: {millions:.2f}M parameters, {model.L} blocks of width {model.D}"
-  )
-  rows = f"{config.train.batch_size} rows of {config.data.T} tokens"
-  progress.say(
-    f"data {config.data.name}, {config.data.mode}, {rows}, {tokens_per_byte:.3f} tokens per byte"
-  )
+  for line in task.describe():
+    progress.say(line)
   progress.say(f"{mesh.size} x {device.device_kind} ({device.platform}); the first step compiles")
 
 
@@ -32,7 +26,7 @@ def evaluate_splits(config, evaluator, params, progress) -> dict:
   for split in ("validation", "test"):
     if not config.data[f"{split}_split"]:
       continue
-    result = evaluator(params, split, config.eval.final_max_tokens)
+    result = evaluator(params, split)
     state = "state carried" if config.eval.carry_state else f"state afresh every {config.eval.T}"
     progress.say(
       f"{split}: {result.bits_per_byte:.4f} bits/byte over {result.tokens:,} tokens ({state})"

@@ -9,10 +9,8 @@ import jax
 
 from experiments import metrics, report, sharding, train_step, workspace
 from experiments.checkpoints import Checkpoints
-from experiments.data import pipeline
 from experiments.errors import UserError
-from experiments.evaluate import Evaluator
-from lm_models import lm
+from experiments.tasks import make_task
 
 
 def train(config, workdir: str) -> None:
@@ -24,19 +22,11 @@ def train(config, workdir: str) -> None:
     UserError: anything that the person at the keyboard can mend.
   """
   mesh = sharding.make_mesh(config.mesh)
-  model = train_step.model_config(config)
-  tokenizer = pipeline.tokenizer(config.data)
-  if tokenizer.vocab_size > model.vocab_size:
-    raise UserError(
-      f"model.vocab_size is {model.vocab_size}, must be at least the tokenizer's"
-      f" {tokenizer.vocab_size}"
-    )
+  task = make_task(config)
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     step_function = train_step.make_step(config, mesh)
-    evaluator = Evaluator(config, mesh)
-    batches = pipeline.train_batches(
-      config.data, batch_size=config.train.batch_size, seed=config.train.seed
-    )
+    evaluator = task.evaluator(mesh)
+    batches = task.train_batches()
     differences = workspace.open_run(config, workdir)
     progress = metrics.Progress()
     log = metrics.Metrics(workdir, tensorboard=config.log.tensorboard)
@@ -46,21 +36,20 @@ def train(config, workdir: str) -> None:
       keep_last=config.checkpoint.keep_last,
       keep_best=config.checkpoint.keep_best,
       keep_every_hours=config.checkpoint.keep_every_hours,
+      best_metric=task.best_metric,
     )
     stack.callback(checkpoints.close)
 
     stopped = stack.enter_context(stop_signals())
-    report.greet(progress, config, model, mesh, batches.tokens_per_byte)
+    report.greet(progress, task, mesh)
     state = start(config, mesh, checkpoints, batches, log, progress, differences)
     workspace.note_run(config, workdir)
-    loop = Loop(
-      config, mesh, step_function, evaluator, batches, log, checkpoints, progress, stopped
-    )
+    loop = Loop(task, mesh, step_function, evaluator, batches, log, checkpoints, progress, stopped)
     state = loop.run(state)
     checkpoints.wait()
     if not stopped:
       with interruptible():
-        report.finish(config, workdir, model, evaluation_params(state), evaluator, progress)
+        task.finish(workdir, evaluation_params(state), evaluator, progress)
         return
     step = int(state.step)
     saved = f"stopped and saved at step {step}" if step else "stopped before the first step"
@@ -89,17 +78,16 @@ def evaluation_params(state: train_step.TrainState):
 class Loop:
   """The steps of a run, and what happens between them."""
 
-  def __init__(self, config, mesh, step, evaluator, batches, log, checkpoints, progress, stopped):
-    self.config, self.mesh, self.step, self.evaluator = config, mesh, step, evaluator
+  def __init__(self, task, mesh, step, evaluator, batches, log, checkpoints, progress, stopped):
+    self.task, self.config = task, task.config
+    self.mesh, self.step, self.evaluator = mesh, step, evaluator
     self.batches, self.log, self.checkpoints = batches, log, checkpoints
     self.progress, self.stopped = progress, stopped
     self.clock = metrics.Clock()
     self.skipped = 0
-    model = train_step.model_config(config)
     peak = metrics.peak_flops(mesh.devices.flat[0])
     self.peak = peak and peak * mesh.size
-    self.flops = 3 * lm.flops_per_token(model, config.data.T)
-    self.bits_per_nat = batches.tokens_per_byte / math.log(2)
+    self.flops = 3 * task.flops_per_target()
 
   def run(self, state):
     """Steps until the config's last one, or until asked to stop."""
@@ -141,7 +129,7 @@ class Loop:
     """
     config, values = self.config, jax.device_get(measured)
     self.skipped_in_a_row = int(values["skipped_in_a_row"])
-    self.clock.tick(int(values["tokens"]))
+    self.clock.tick(int(values["targets"]))
     loss, skipped = float(values["loss"]), int(values["skipped"])
     if skipped > self.skipped:
       self.skipped = skipped
@@ -163,23 +151,29 @@ class Loop:
       return {}
     speed = self.clock.lap()
     mfu = speed and self.peak and speed * self.flops / self.peak
-    bits = loss * self.bits_per_nat
+    unit, further = self.task.unit, {name: float(x) for name, x in values["further"].items()}
     row = {
       "train/loss": loss,
-      "train/bits_per_byte": bits,
-      "train/tokens_per_second": speed,
+      **{f"train/{name}": value for name, value in further.items()},
+      f"train/{unit}_per_second": speed,
       "train/mfu": mfu,
       "train/gradient_norm": float(values["gradient_norm"]),
       "train/learning_rate": float(values["learning_rate"]),
       "train/skipped_steps": skipped,
-      "train/tokens": number * config.train.batch_size * config.data.T,
+      f"train/{unit}": number * config.train.batch_size * self.task.targets_per_row,
       "host/resident_gib": metrics.resident_gib(),
     }
+    if self.task.tokens_per_byte:
+      bits = loss * self.task.tokens_per_byte / math.log(2)
+      row["train/bits_per_byte"], said = bits, f"{bits:.3f} bits/byte"
+    else:
+      said = "   ".join([f"loss {loss:.4f}", *(f"{name} {x:.4g}" for name, x in further.items())])
     line = metrics.progress_line(
       number,
       config.train.steps,
-      bits_per_byte=bits,
-      tokens_per_second=speed,
+      said=said,
+      speed=speed,
+      unit=unit,
       mfu=mfu,
       eta=self.clock.eta(config.train.steps - number),
       learning_rate=row["train/learning_rate"],
@@ -193,11 +187,10 @@ class Loop:
       self.log.write(number, row)
 
   def validate(self, state, number: int) -> dict[str, float]:
-    """Bits per byte of the validation split, or of its beginning."""
-    params = evaluation_params(state)
-    result = self.evaluator(params, "validation", self.config.eval.max_tokens)
-    self.progress.say(f"step {number}: validation {result.bits_per_byte:.3f} bits/byte")
-    return {"validation/bits_per_byte": result.bits_per_byte}
+    """What the task measures on the validation split, or on its beginning."""
+    result = self.evaluator(evaluation_params(state), "validation", brief=True)
+    self.progress.say(f"step {number}: validation {result.summary}")
+    return {f"validation/{name}": value for name, value in result.metrics.items()}
 
 
 def _due(number: int, every: int) -> bool:

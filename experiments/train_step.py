@@ -11,6 +11,7 @@ import optax
 from experiments import sharding
 from experiments.errors import UserError
 from experiments.optimizers import make_optimizer, make_schedule
+from experiments.tasks import make_task
 from lm_models import lm
 
 
@@ -37,28 +38,16 @@ class TrainState:
   recent: Recent
 
 
-def model_config(config) -> lm.Config:
-  """The model of an experiment.
-
-  Raises:
-    UserError: the group `model` does not describe one.
-  """
-  try:
-    return lm.make_config(**config.model.to_dict())
-  except ValueError as error:
-    raise UserError(str(error)) from None
-
-
 def make_state(config, key: jax.Array) -> TrainState:
   """The state before the first step; a pure function of the config and the key."""
-  model = model_config(config)
-  params = lm.init(model, key)
+  task = make_task(config)
+  params = task.init(key)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     optimizer=_optimizer(config).init(params),
     average=jax.tree.map(jnp.copy, params) if config.train.ema_decay else None,
-    carry=lm.init_state(model, config.train.batch_size) if _streams(config) else None,
+    carry=task.init_carry(config.train.batch_size),
     recent=Recent(
       loss=jnp.zeros(config.train.spike_window),
       norm=jnp.zeros(config.train.spike_window),
@@ -101,8 +90,9 @@ def initialise(config, mesh: jax.sharding.Mesh) -> TrainState:
 def make_step(config, mesh: jax.sharding.Mesh):
   """The jitted step: (state, batch) -> (state, metrics). The state given is donated.
 
-  metrics: `loss` in nats per token before the update, `gradient_norm` before clipping, `tokens`,
-  `learning_rate`, `skipped` and `skipped_in_a_row`, scalars.
+  metrics: `loss` in nats per target before the update, `gradient_norm` before clipping, `targets`
+  (how many counted), `learning_rate`, `skipped` and `skipped_in_a_row`, scalars; and `further`, a
+  dict of scalars by name: what the task sums over targets, as means, and what layers watch.
 
   Raises:
     UserError: rows that devices or microbatches do not divide, or an optimizer that does not exist.
@@ -118,10 +108,9 @@ def make_step(config, mesh: jax.sharding.Mesh):
       f" train.accumulate = {shards} * {parts}"
     )
   state_shardings = shardings_of(abstract_state(config, mesh))
-  names = ["inputs", "targets", "segment_ids"]
-  batch_shardings = {name: sharding.batch_sharding(mesh, 2) for name in names}
-  if _streams(config):
-    batch_shardings["continues"] = sharding.batch_sharding(mesh, 1)
+  batch_shardings = {
+    name: sharding.batch_sharding(mesh, ndim) for name, ndim in make_task(config).arrays.items()
+  }
   step = jax.jit(
     functools.partial(_step, config),
     in_shardings=(state_shardings, batch_shardings),
@@ -131,42 +120,28 @@ def make_step(config, mesh: jax.sharding.Mesh):
   return lambda state, batch: step(state, {name: batch[name] for name in batch_shardings})
 
 
-def batch_nats(model: lm.Config, params, batch, carry):
-  """Nats of every target [B T], zero at padding; which targets count [B T]; the state after."""
-  nats, carry = lm.token_nats(
-    model, params, batch["inputs"], batch["targets"], carry, batch["segment_ids"]
-  )
-  real = batch["segment_ids"] >= 0
-  return jnp.where(real, nats, 0.0), real, carry
-
-
-def _streams(config) -> bool:
-  return config.data.mode == "streaming"
-
-
 def _optimizer(config):
   schedule = make_schedule(config.schedule, config.train.steps, config.optim.learning_rate)
   return make_optimizer(config.optim, schedule)
 
 
 def _step(config, state: TrainState, batch):
-  model = model_config(config)
-  tokens = jnp.maximum(jnp.sum(batch["segment_ids"] >= 0), 1)
-  carry = None
-  if _streams(config):
-    carry = lm.keep_state(state.carry, batch["continues"])
+  task = make_task(config)
+  targets = jnp.maximum(task.count(batch), 1)
 
-  def loss(params, batch, carry):
-    nats, _, carry = batch_nats(model, params, batch, carry)
-    # Packed rows start afresh: a state kept for nothing would be saved, and not be expected back.
-    return jnp.sum(nats) / tokens, carry if _streams(config) else None
+  def loss(params, batch, carry, key):
+    measured, carry = task.forward(params, batch, carry, key)
+    return measured.nats / targets, (carry, measured.sums, measured.largest)
 
   gradient = jax.value_and_grad(loss, has_aux=True)
+  key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
   if config.train.accumulate == 1:
-    (loss_value, carry), gradients = gradient(state.params, batch, carry)
+    (loss_value, (carry, sums, largest)), gradients = gradient(
+      state.params, batch, state.carry, key
+    )
   else:
-    loss_value, gradients, carry = _accumulate(
-      gradient, state.params, batch, carry, config.train.accumulate
+    loss_value, gradients, carry, sums, largest = _accumulate(
+      gradient, state.params, batch, state.carry, key, config.train.accumulate
     )
 
   norm = optax.tree.norm(gradients)
@@ -189,10 +164,11 @@ def _step(config, state: TrainState, batch):
   metrics = {
     "loss": loss_value,
     "gradient_norm": norm,
-    "tokens": tokens,
+    "targets": targets,
     "learning_rate": schedule(state.recent.accepted),  # a skipped step does not count
     "skipped": recent.skipped,
     "skipped_in_a_row": recent.skipped_in_a_row,
+    "further": {**{name: total / targets for name, total in sums.items()}, **largest},
   }
   return TrainState(state.step + 1, params, optimizer, average, carry, recent), metrics
 
@@ -204,8 +180,9 @@ def _finite_rows(carry):
   return functools.reduce(jnp.logical_and, rows)
 
 
-def _accumulate(gradient, params, batch, carry, parts: int):
-  """Loss and gradients summed over microbatches, one after the other in memory."""
+def _accumulate(gradient, params, batch, carry, key, parts: int):
+  """Loss and gradients summed over microbatches, one after the other in memory; and their states,
+  sums and largest values together."""
   # Each microbatch takes every parts-th row, so that it lies over all devices as the batch does.
   split = lambda axis, x: jnp.moveaxis(
     x.reshape(*x.shape[:axis], x.shape[axis] // parts, parts, *x.shape[axis + 1 :]), axis + 1, 0
@@ -215,16 +192,19 @@ def _accumulate(gradient, params, batch, carry, parts: int):
   )
 
   def body(total, part):
-    (loss, carry), gradients = gradient(params, *part)
-    return jax.tree.map(jnp.add, total, (loss, gradients)), carry
+    (loss, further), gradients = gradient(params, *part)
+    return jax.tree.map(jnp.add, total, (loss, gradients)), further
 
   zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
   microbatches = (
     jax.tree.map(functools.partial(split, 0), batch),
     jax.tree.map(functools.partial(split, 1), carry),
+    jax.random.split(key, parts),
   )
-  (loss, gradients), carry = jax.lax.scan(body, zero, microbatches)
-  return loss, gradients, jax.tree.map(functools.partial(join, 1), carry)
+  (loss, gradients), (carry, sums, largest) = jax.lax.scan(body, zero, microbatches)
+  carry = jax.tree.map(functools.partial(join, 1), carry)
+  over_parts = lambda reduce, tree: jax.tree.map(functools.partial(reduce, axis=0), tree)
+  return loss, gradients, carry, over_parts(jnp.sum, sums), over_parts(jnp.max, largest)
 
 
 def _is_good(config, recent: Recent, loss, norm):

@@ -1,7 +1,7 @@
 """What several architectures share: projections, norms, the gated MLP, rotary positions."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -70,6 +70,19 @@ def constrain_activations(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
   """Splits the batch over `data` and `fsdp` and time over `seq`: how activations lie between
   blocks."""
   return constrain(x, ("data", "fsdp"), "seq", None)
+
+
+def largest_sown(collections: Mapping[str, Any]) -> dict[str, Array]:
+  """The largest value of each metric that layers have sown, by its name, whichever layer it is of.
+
+  Args:
+    collections: what `apply(..., mutable=["metrics"])` returns second.
+  """
+  largest: dict[str, Array] = {}
+  for path, value in jax.tree_util.tree_leaves_with_path(collections.get("metrics", {})):
+    name = path[-1].key
+    largest[name] = jnp.maximum(largest.get(name, -jnp.inf), jnp.max(value))
+  return largest
 
 
 class RMSNorm(nn.Module):

@@ -190,7 +190,7 @@ class LanguageModel(nn.Module):
       repeat = nn.remat(Repeat, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
     stack = nn.scan(
       repeat,
-      variable_axes={"params": 0},
+      variable_axes={"params": 0, "metrics": 0},
       split_rngs={"params": True},
       in_axes=(0, nn.broadcast),
       length=c.repeats,
@@ -276,6 +276,15 @@ def apply(
   return LanguageModel(config).apply({"params": params}, tokens, state, segment_ids)
 
 
+def apply_and_metrics(
+  config: Config, params: dict, tokens: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T vocab"], dict[str, Array]]:
+  """Logits as `apply` without a state, and the largest values over all blocks of what they sow as
+  "metrics", by name."""
+  (logits, _), sown = LanguageModel(config).apply({"params": params}, tokens, mutable=["metrics"])
+  return logits, layers.largest_sown(sown)
+
+
 def token_nats(
   config: Config,
   params: dict,
@@ -288,8 +297,22 @@ def token_nats(
 
   `apply` followed by a cross-entropy, in the memory that `Config.loss_chunk` allows.
   """
-  model = LanguageModel(config)
-  return model.apply({"params": params}, tokens, targets, state, segment_ids, method="nats")
+  return token_nats_and_metrics(config, params, tokens, targets, state, segment_ids)[:2]
+
+
+def token_nats_and_metrics(
+  config: Config,
+  params: dict,
+  tokens: Int[Array, "B T"],
+  targets: Int[Array, "B T"],
+  state: Any = None,
+  segment_ids: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T"], Any, dict[str, Array]]:
+  """`token_nats`, and the largest values over all blocks of what they sow as "metrics", by name."""
+  (nats, state), sown = LanguageModel(config).apply(
+    {"params": params}, tokens, targets, state, segment_ids, method="nats", mutable=["metrics"]
+  )
+  return nats, state, layers.largest_sown(sown)
 
 
 def decode_step(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import configs
-from experiments import sharding, train_step
+from experiments import models, sharding, train_step
 from lm_models import lm
 from tests.quick_compilation import quick_compilation as quick_compilation
 
@@ -46,7 +46,7 @@ def make_quick(config):
 def count(config):
   """Parameters of a config's model."""
   make_quick(config)
-  return lm.parameter_count(train_step.model_config(config))
+  return lm.parameter_count(models.language_model(config))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -56,7 +56,7 @@ def test_every_config_has_the_same_fields_and_describes_a_model(name):
     config = get(name, arg)
     assert set(groups) <= set(config)
     assert keys(config) == keys(get("defaults"))
-    assert train_step.model_config(config).repeats >= 1
+    assert models.language_model(config).repeats >= 1
     assert config.train.batch_size % config.train.accumulate == 0
 
 
@@ -103,7 +103,7 @@ def check_defaults(group, dataclass, elsewhere, changed):
 
 @pytest.mark.parametrize("arg, millions", [(None, 4.1), ("small", 1.0)])
 def test_the_austen_models_are_of_one_size(arg, millions):
-  counts = {name: lm.parameter_count(train_step.model_config(get(name, arg))) for name in AUSTEN}
+  counts = {name: lm.parameter_count(models.language_model(get(name, arg))) for name in AUSTEN}
   assert len(counts) >= 9
   assert max(counts.values()) / min(counts.values()) < 1.02, counts
   assert counts["austen_mamba"] / 1e6 == pytest.approx(millions, abs=0.05)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import configuration, metrics, train_step
+from experiments import configuration, metrics, models
 from lm_models import lm
 from tests.processes import (
   LONG,
@@ -366,7 +366,7 @@ def test_generating_takes_no_more_memory_as_it_goes_on(program, references):
   assert (outcome.status, outcome.err) == (0, "")
   assert late < 1.05 * early
 
-  model = train_step.model_config(configuration.load(references("packed") / "config.json"))
+  model = models.language_model(configuration.load(references("packed") / "config.json"))
   params = jax.eval_shape(lambda: lm.init(model, jax.random.key(0)))
   before = jax.eval_shape(lambda: lm.init_state(model, 1))
   token = jax.ShapeDtypeStruct((1,), np.int32)

@@ -22,6 +22,9 @@ _ORDER = {
   "mode": "data.mode",
   "tokens": "the number of tokens to train on",
   "crc": "the CRC-32 of the tokens to train on",
+  "name": "data.name",
+  "length": "the length of an example",
+  "examples": "data.examples",
 }
 
 
@@ -32,8 +35,8 @@ class TrainBatches:
   and valid for any number of processes.
 
   Attributes:
-    tokenizer: what encoded the text.
-    tokens_per_byte: bits_per_byte = nats_per_token * tokens_per_byte / ln 2.
+    tokenizer: what encoded the text; None where there is none.
+    tokens_per_byte: bits_per_byte = nats_per_token * tokens_per_byte / ln 2; None without text.
   """
 
   def __init__(self, batches, order: dict, tokenizer, tokens_per_byte: float, prefetch: int):
@@ -111,7 +114,7 @@ def train_batches(
     raise UserError(f"train.seed={seed} must be at least 0 and less than 2**64")
   if data_config.prefetch < 0:
     raise UserError(f"data.prefetch={data_config.prefetch} batches: at least 0 is needed")
-  rows = _rows(batch_size, process_index, process_count)
+  rows = rows_of_process(batch_size, process_index, process_count)
   encoder, store = _store(data_config, data_config.train_split)
   T, mode = data_config.T, data_config.mode
   order = {
@@ -151,7 +154,7 @@ def evaluation_batches(
   Raises:
     UserError: as train_batches.
   """
-  rows = _rows(batch_size, process_index, process_count)
+  rows = rows_of_process(batch_size, process_index, process_count)
   _, store = _store(data_config, split)
   return EvaluationBatches(store, batch_size, T or data_config.T, max_tokens, rows)
 
@@ -165,7 +168,14 @@ def _store(data_config, split: str):
   return encoder, token_store.open_or_create(texts, encoder, cache_directory, key)
 
 
-def _rows(batch_size: int, process_index: int | None, process_count: int | None) -> slice:
+def rows_of_process(
+  batch_size: int, process_index: int | None = None, process_count: int | None = None
+) -> slice:
+  """Which rows of a batch a process reads, this one of all by default.
+
+  Raises:
+    UserError: the processes cannot share the rows evenly.
+  """
   index = jax.process_index() if process_index is None else process_index
   count = jax.process_count() if process_count is None else process_count
   if batch_size < 1 or batch_size % count:

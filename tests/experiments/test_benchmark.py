@@ -14,7 +14,7 @@ from experiments import (
   benchmark_cases,
   benchmark_config,
   benchmark_measure,
-  train_step,
+  models,
 )
 from experiments import benchmark_error as oracle
 from experiments import benchmark_report as report
@@ -181,7 +181,7 @@ def test_calls_of_an_op_are_its_workload(op):
 
 def test_ops_of_a_model():
   config = small.make_config(("mamba", "attention"))
-  calls = benchmark_cases.calls_of_model(train_step.model_config(config), 2, 6)
+  calls = benchmark_cases.calls_of_model(models.language_model(config), 2, 6)
   found = benchmark_cases.workloads_of(calls)
   assert {report.shape_text(w.sizes): w.op for w in found} == {
     "B2 T6 D32 W4": "causal_conv",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import sharding, train_step
+from experiments import models, sharding
 from experiments.data import datasets
 from experiments.errors import UserError
 from experiments.evaluate import Evaluator
@@ -56,21 +56,22 @@ def experiment(root, **fields):
 @pytest.fixture(scope="module")
 def params(corpus):
   """Random parameters, with which position and context matter."""
-  model = train_step.model_config(experiment(corpus[0]))
+  model = models.language_model(experiment(corpus[0]))
   return random_params(jax.eval_shape(functools.partial(lm.init, model), jax.random.key(0)))
 
 
 def evaluate(corpus, params, max_tokens=0, **fields):
   """What the Evaluator finds."""
   config = experiment(corpus[0], **fields)
+  config.eval.final_max_tokens = max_tokens
   mesh = sharding.make_mesh(config.mesh)
-  return Evaluator(config, mesh)(params, "validation", max_tokens)
+  return Evaluator(config, mesh)(params, "validation")
 
 
 @pytest.fixture(scope="module")
 def nats(corpus, params):
   """Function of the tokens after which the state is dropped -> (position, nats) of every target."""
-  model = train_step.model_config(experiment(corpus[0]))
+  model = models.language_model(experiment(corpus[0]))
   # One shape for every piece: padded on the right, which does not change what comes before.
   apply = jax.jit(functools.partial(lm.apply, model))
 

@@ -202,8 +202,8 @@ def test_progress_line():
   line = progress_line(
     70,
     3000,
-    bits_per_byte=1.98349,
-    tokens_per_second=153_600.0,
+    said="1.983 bits/byte",
+    speed=153_600.0,
     mfu=0.314,
     eta=3725.4,
     learning_rate=1.2e-3,
@@ -213,7 +213,7 @@ def test_progress_line():
   )
   rates = {12.4: "12", 999.4: "999", 1000: "1.00k", 9996: "10.0k", 99_960: "100k", 999_600: "1.00M"}
   for rate, words in rates.items():
-    assert progress_line(1, 2, tokens_per_second=rate).endswith(f" {words} tokens/s")
+    assert progress_line(1, 2, speed=rate, unit="cells").endswith(f" {words} cells/s")
   assert progress_line(1, 2, mfu=0.031).endswith("MFU 3.1%")
   assert progress_line(1, 2, eta=59.7).endswith(" 1:00 left")
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import sharding, train_step
+from experiments import models, sharding, train_step
 from experiments.errors import UserError
 from lm_models import lm
 from tests.experiments.small import Run, make_batch, make_config
@@ -86,7 +86,7 @@ def test_training_on_any_mesh_is_training_on_one_device(pattern, optimizer, mesh
 
 def test_models_with_a_matrix_state_are_split_by_heads():
   mesh = sharding.make_mesh(sizes(fsdp=4, tensor=2))
-  config = train_step.model_config(make_config(MATRIX_STATE))
+  config = models.language_model(make_config(MATRIX_STATE))
   params = jax.eval_shape(functools.partial(lm.init, config), jax.random.key(0))
   placed = sharding.parameter_shardings(mesh, params)
   whole = [

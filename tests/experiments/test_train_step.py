@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import train_step
+from experiments import models
 from experiments.errors import UserError
 from lm_models import lm
 from tests.experiments.small import B, Run, T, assert_equal, make_batch, make_config
@@ -38,7 +38,7 @@ def one_step(streaming):
 
 def test_loss_and_gradient_norm_are_those_of_the_real_tokens(streaming, one_step):
   run, state = streaming
-  model, batch = train_step.model_config(run.config), make_batch()
+  model, batch = models.language_model(run.config), make_batch()
 
   @jax.jit
   @jax.value_and_grad
@@ -53,7 +53,7 @@ def test_loss_and_gradient_norm_are_those_of_the_real_tokens(streaming, one_step
   _, metrics = one_step
   np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
   np.testing.assert_allclose(metrics["gradient_norm"], optax.tree.norm(gradients), rtol=1e-5)
-  assert metrics["tokens"] == real.sum() < B * T
+  assert metrics["targets"] == real.sum() < B * T
 
 
 def test_what_a_good_step_changes(streaming, one_step):
@@ -153,7 +153,7 @@ def test_streamed_batches_are_one_long_sequence():
   """With frozen parameters: the losses and the state of a forward pass over all tokens."""
   run = Run(make_config(HYBRID, data__mode="streaming", optim__learning_rate_rules=((r".*", 0.0),)))
   first = state = run.start()
-  model = train_step.model_config(run.config)
+  model = models.language_model(run.config)
   long = make_batch(3, length=4 * T)
   long["segment_ids"] = np.zeros_like(long["segment_ids"])
   nats, expected = jax.jit(functools.partial(lm.token_nats, model))(
@@ -198,7 +198,7 @@ def test_accumulation_is_the_same_update(accumulated, parts):
   make, before, (expected, expected_metrics) = accumulated
   run = make(parts)
   after, metrics = run.step(before, make_batch())
-  for name in ("loss", "gradient_norm", "tokens"):
+  for name in ("loss", "gradient_norm", "targets"):
     np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-5)
   moments = lambda state: state.optimizer[1].mu  # a tenth of the gradient
   for got, truth in zip(jax.tree.leaves(moments(after)), jax.tree.leaves(moments(expected))):

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from configs import mamba_lm
-from experiments.train_step import model_config
+from experiments.models import language_model
 from lm_models import lm
 from tests.lm_models.models import make_config
 
@@ -138,7 +138,7 @@ def test_a_tied_model_has_no_head():
   "size, count", [("130m", 129_135_360), ("370m", 371_516_416), ("1b4", 1_372_178_432)]
 )
 def test_the_published_models_have_the_published_sizes(size, count):
-  assert lm.parameter_count(model_config(mamba_lm.get_config(size))) == count
+  assert lm.parameter_count(language_model(mamba_lm.get_config(size))) == count
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,100 @@
+"""Accuracy of a synthetic task at each of the lengths that `eval.lengths` lists."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import sharding
+from experiments.data import pipeline
+from experiments.errors import UserError
+
+# Added to the number of a length, these are the seeds of what is evaluated: no run trains on them.
+FIRST_SEED = {"validation": 100_042, "test": 200_042}
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracies:
+  """What was measured.
+
+  Attributes:
+    metrics: loss (nats per target) and accuracy, F1 of class 1 where the task is binary, each as
+      "<name>/<length>".
+  """
+
+  metrics: dict[str, float]
+
+  @property
+  def summary(self) -> str:
+    """What is printed."""
+    said = (f"{name} {x:.4f}" for name, x in self.metrics.items() if not name.startswith("loss/"))
+    return "   ".join(said)
+
+
+class LengthEvaluator:
+  """Evaluates parameters of a task; compiles once for each length."""
+
+  def __init__(self, task, mesh: jax.sharding.Mesh):
+    """Args: task: a `Supervised` task. mesh: from `sharding.make_mesh`."""
+    self._task, self._mesh, config = task, mesh, task.config
+    shards = sharding.batch_shards(mesh)
+    if config.eval.batch_size % shards:
+      raise UserError(
+        f"eval.batch_size is {config.eval.batch_size}, must be a multiple of mesh.data * mesh.fsdp"
+        f" = {shards}"
+      )
+    self.lengths = tuple(config.eval.lengths) or (task.length,)
+    if any(not isinstance(length, int) or length < 1 for length in self.lengths):
+      raise UserError(f"eval.lengths is {self.lengths}, must be of ints of at least 1")
+    self._step = jax.jit(self._measure)
+
+  def __call__(self, params, split: str, brief: bool = False) -> Accuracies:
+    """Measures `eval.examples` examples at each length, a tenth of them with `brief`.
+
+    Args:
+      params: of the model.
+      split: "validation" or "test": other examples, the same ones at every call.
+      brief: a quick look, during training.
+    """
+    config, found = self._task.config, {}
+    rows = config.eval.batch_size
+    examples = -(-config.eval.examples // (10 if brief else 1))
+    for place, length in enumerate(self.lengths):
+      batches = self._task.batches(
+        length,
+        rows,
+        FIRST_SEED[split] + place,
+        config.eval.examples,
+        pipeline.rows_of_process(rows),
+      )
+      total = None
+      for n in range(-(-examples // rows)):
+        batch = {name: batches[n][name] for name in self._task.arrays}
+        # Of the last batch only as many rows count as examples are left.
+        known = np.int32(min(rows, examples - n * rows))
+        sums = self._step(params, sharding.place_batch(self._mesh, batch), known)
+        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+      found |= {f"{name}/{length}": x for name, x in self._means(jax.device_get(total)).items()}
+    return Accuracies(found)
+
+  def _measure(self, params, batch, known):
+    logits, _ = self._task.logits(params, batch)
+    targets, answers = batch["targets"], jnp.argmax(logits, axis=-1)
+    rows = jnp.arange(targets.shape[0]).reshape(-1, *(1,) * (targets.ndim - 1))
+    counted = self._task.counted(batch) & (rows < known)
+    total = lambda x: jnp.sum(jnp.where(counted, x, 0))
+    return {
+      "targets": total(1),
+      "right": total(answers == targets),
+      "nats": total(self._task.nats(logits, targets)),
+      "hits": total((answers == 1) & (targets == 1)),
+      "ones": total(jnp.asarray(answers == 1, jnp.int32) + (targets == 1)),
+    }
+
+  def _means(self, total) -> dict[str, float]:
+    targets = max(int(total["targets"]), 1)
+    means = {"loss": float(total["nats"]) / targets, "accuracy": int(total["right"]) / targets}
+    if self._task.binary:
+      means["f1"] = 2 * int(total["hits"]) / max(int(total["ones"]), 1)
+    return means

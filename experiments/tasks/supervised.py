@@ -1,0 +1,220 @@
+"""Synthetic tasks with a right answer at every target, drawn on the fly, trained at one length and
+evaluated at several.
+"""
+
+import json
+import pathlib
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from experiments import metrics, models, plots
+from experiments.data import pipeline
+from experiments.errors import UserError
+from experiments.tasks.arrow import ArrowBatches
+from experiments.tasks.evaluator import FIRST_SEED, LengthEvaluator
+from experiments.tasks.parity import ParityBatches
+from experiments.tasks.rays import RayBatches
+from experiments.tasks.task import Measured
+from lm_models import lm, vision
+
+
+class Supervised:
+  """What the synthetic tasks share; see `Task`."""
+
+  tokens_per_byte = None
+  binary = False  # whether F1 of class 1 is measured too
+
+  def __init__(self, config):
+    self.config = config
+    self.best_metric = f"validation/loss/{self.length}"
+
+  # Of each task: its length in training, the batches of any length, and its model's logits.
+
+  @property
+  def length(self) -> int:
+    raise NotImplementedError
+
+  def batches(self, length: int, rows: int, seed: int, examples: int, part: slice):
+    raise NotImplementedError
+
+  def logits(self, params, batch, key=None):
+    """Logits of each target, and what layers watch; `key` is given in training."""
+    raise NotImplementedError
+
+  def nats(self, logits, targets):
+    """Cross-entropy of each target, float32."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+  def counted(self, batch):
+    """bool, as the targets: which count."""
+    return jnp.ones(batch["targets"].shape, bool)
+
+  def init_carry(self, rows):
+    return None
+
+  def count(self, batch):
+    return jnp.sum(self.counted(batch))
+
+  def forward(self, params, batch, carry, key):
+    logits, watched = self.logits(params, batch, key)
+    counted = self.counted(batch)
+    total = lambda x: jnp.sum(jnp.where(counted, x, 0.0))
+    right = jnp.argmax(logits, axis=-1) == batch["targets"]
+    nats = total(self.nats(logits, batch["targets"]))
+    return Measured(nats, {"accuracy": total(right)}, watched), None
+
+  def train_batches(self):
+    data, rows = self.config.data, self.config.train.batch_size
+    order = {
+      "name": data.name,
+      "seed": self.config.train.seed,
+      "length": self.length,
+      "batch_size": rows,
+      "examples": data.examples,
+    }
+    batches = self.batches(
+      self.length, rows, self.config.train.seed, data.examples, pipeline.rows_of_process(rows)
+    )
+    return pipeline.TrainBatches(batches, order, None, None, data.prefetch)
+
+  def evaluator(self, mesh):
+    return LengthEvaluator(self, mesh)
+
+  def evaluate(self, evaluator, params, directory: pathlib.Path, progress):
+    """Measures both splits, prints and writes them; returns the files written."""
+    found = {}
+    for split in FIRST_SEED:
+      result = evaluator(params, split)
+      progress.say(f"{split}: {result.summary}")
+      found |= {f"{split}/{name}": value for name, value in result.metrics.items()}
+    path = directory / "evaluation.json"
+    path.write_text(json.dumps(found, indent=2) + "\n")
+    return [path]
+
+  def finish(self, workdir, params, evaluator, progress):
+    directory = pathlib.Path(workdir)
+    written = self.evaluate(evaluator, params, directory, progress)
+    figure = directory / "accuracy.png"
+    plots.accuracy_curve(directory / metrics.FILE_NAME, figure)
+    progress.say(f"in {directory}:")
+    for path, what in (
+      (figure, "accuracy against steps, at each length"),
+      (written[0], "the figures above"),
+      (directory / metrics.FILE_NAME, "one line for each logged step"),
+      (directory / "checkpoints", "to go on from and to evaluate"),
+    ):
+      progress.say(f"  {path.name:<36}{what}")
+
+  def sample(self, params):
+    """Raises UserError: there is no text in these tasks."""
+    raise UserError(
+      f"data.name is {self.config.data.name!r}, of which no text can be sampled; try --mode=eval"
+    )
+
+
+class Parity(Supervised):
+  """A language model that says, at each bit, whether the number of ones so far is odd."""
+
+  unit = "tokens"
+  arrays: ClassVar[dict[str, int]] = {"inputs": 2, "targets": 2, "counted": 2}
+
+  def __init__(self, config):
+    super().__init__(config)
+    self.model = models.language_model(config)
+    self.targets_per_row = config.data.T
+    if self.model.vocab_size < 2:
+      raise UserError(f"model.vocab_size is {self.model.vocab_size}, must be at least 2 for parity")
+
+  @property
+  def length(self):
+    return self.config.data.T
+
+  def batches(self, length, rows, seed, examples, part):
+    return ParityBatches(rows, length, seed, part, supervise=self.config.data.supervise)
+
+  def counted(self, batch):
+    return batch["counted"]
+
+  def init(self, key):
+    return lm.init(self.model, key)
+
+  def logits(self, params, batch, key=None):
+    return lm.apply_and_metrics(self.model, params, batch["inputs"])
+
+  def parameter_count(self):
+    return lm.parameter_count(self.model)
+
+  def flops_per_target(self):
+    return lm.flops_per_token(self.model, self.config.data.T)
+
+  def describe(self):
+    config, model = self.config, self.model
+    return [
+      f"{' '.join(model.pattern)}: {self.parameter_count():,} parameters,"
+      f" {model.L} blocks of width {model.D}",
+      f"parity of {config.train.batch_size} rows of {self.length} bits, new ones at each step",
+    ]
+
+
+class _Images(Supervised):
+  """Images to classes, one for the whole or one for each patch."""
+
+  def __init__(self, config):
+    super().__init__(config)
+    self.model = models.vision_model(config)
+
+  @property
+  def length(self):
+    return self.config.data.side
+
+  def init(self, key):
+    return vision.init(self.model, key)
+
+  def logits(self, params, batch, key=None):
+    return vision.apply_and_metrics(self.model, params, batch["images"], key)
+
+  def parameter_count(self):
+    return vision.parameter_count(self.model)
+
+  def flops_per_target(self):
+    return vision.flops(self.model, self.length, self.length) / self.targets_per_row
+
+  def describe(self):
+    config, model = self.config, self.model
+    seen = f"{config.data.examples:,} of them" if config.data.examples else "new ones at each step"
+    return [
+      f"{' '.join(model.pattern)}: {self.parameter_count():,} parameters,"
+      f" {model.L} blocks of width {model.D}",
+      f"{config.data.name}, {config.train.batch_size} images of {self.length} x {self.length},"
+      f" {seen}",
+    ]
+
+
+class Rays(_Images):
+  """Which cells of a grid lie on the ray that starts at its arrow."""
+
+  unit = "cells"
+  arrays: ClassVar[dict[str, int]] = {"images": 4, "targets": 3}
+  binary = True
+
+  @property
+  def targets_per_row(self):
+    return self.length**2
+
+  def batches(self, length, rows, seed, examples, part):
+    return RayBatches(rows, length, seed, part)
+
+
+class Arrow(_Images):
+  """Whether the arrow in an image points at the disc."""
+
+  unit = "images"
+  arrays: ClassVar[dict[str, int]] = {"images": 4, "targets": 1}
+  targets_per_row = 1
+
+  def batches(self, length, rows, seed, examples, part):
+    return ArrowBatches(rows, length, seed, part, examples=examples)
