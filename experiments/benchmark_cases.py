@@ -1,7 +1,6 @@
 """The ops as the benchmark knows them: shapes, inputs, oracles; and which of them a model calls."""
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable, Iterable
 
@@ -11,7 +10,6 @@ import numpy as np
 
 import ops
 from experiments.errors import UserError
-from lm_models import lm
 from ops import dispatch, reference
 
 
@@ -138,6 +136,8 @@ CASES = {
   "retention": Case(ops.retention, _retention_oracle, MATRIX, _matrix_state()),
 }
 
+KNOWN = ("linear_attention", *CASES)  # what a traced call may name
+
 _BF16 = "bfloat16"
 _LONG = {"B": 2, "T": 16384, "H": 16, "G": 16, "K": 128, "V": 128}
 _SHORT = {"B": 4, "T": 2048, "H": 16, "G": 16, "K": 128, "V": 128}
@@ -197,13 +197,6 @@ def calls_of(function: Callable, *args, **kwargs) -> list[dispatch.Call]:
   return calls
 
 
-def calls_of_model(model: lm.Config, B: int, T: int) -> list[dispatch.Call]:
-  """The calls of ops in one forward pass of a model over B rows of T tokens."""
-  params = jax.eval_shape(functools.partial(lm.init, model), jax.random.key(0))
-  tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
-  return calls_of(functools.partial(lm.token_nats, model), params, tokens, tokens)
-
-
 def workloads_of(calls: Iterable[dispatch.Call]) -> dict[Workload, str]:
   """The distinct workloads in calls that have a case here, with the implementation chosen.
 
@@ -211,7 +204,7 @@ def workloads_of(calls: Iterable[dispatch.Call]) -> dict[Workload, str]:
   """
   found = {}
   for call in calls:
-    if call.op in ("linear_attention", *CASES):
+    if call.op in KNOWN:
       found[_workload_of(call)] = call.chosen
   return found
 

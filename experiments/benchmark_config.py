@@ -4,14 +4,14 @@ import pathlib
 import time
 
 import jax
-import numpy as np
 
 from experiments import benchmark_report as report
-from experiments import models, plots, sharding, train_step
-from experiments.benchmark_cases import calls_of_model, workloads_of
+from experiments import plots, sharding, train_step
+from experiments.benchmark_cases import KNOWN, calls_of, workloads_of
 from experiments.benchmark_measure import benchmark_op
 from experiments.benchmark_timing import time_calls
-from lm_models import lm
+from experiments.tasks import make_task
+from ops import dispatch
 
 
 def benchmark_config(config, workdir: str) -> None:
@@ -19,11 +19,14 @@ def benchmark_config(config, workdir: str) -> None:
 
   The ops are found by tracing the model; they are timed without documents or a state.
   """
-  model = models.language_model(config)
-  B = config.train.batch_size // config.train.accumulate
-  found = workloads_of(calls_of_model(model, B, config.data.T))
+  task = make_task(config)
+  calls = calls_of_task(task)
+  found = workloads_of(calls)
   for workload, chosen in found.items():
     print(f"the model runs {workload.op} {report.shape_text(workload.sizes)} by {chosen}")
+  others = dict.fromkeys((call.op, call.chosen) for call in calls if call.op not in KNOWN)
+  for op, chosen in others:
+    print(f"the model runs {op} by {chosen}, which is timed within the training step only")
   rows = []
   print(report.HEAD)
   for workload in found:
@@ -36,27 +39,33 @@ def benchmark_config(config, workdir: str) -> None:
   if any(row["ms"] for row in rows):
     written.append(directory / "roofline.png")
     plots.roofline(rows, written[1])
-  rows.append(_benchmark_step(config, model))
-  print(f"training step: {rows[-1]['ms']:.1f} ms, {rows[-1]['tokens_per_second']:,.0f} tokens/s")
+  rows.append(_benchmark_step(task))
+  speed = rows[-1]["tokens_per_second"]
+  print(f"training step: {rows[-1]['ms']:.1f} ms, {speed:,.0f} {task.unit}/s")
   report.write_rows(rows, written[0])
   for path in written:
     print(f"wrote {path}")
 
 
-def _benchmark_step(config, model) -> dict:
-  """A row on the whole training step, on batches of random tokens."""
-  mesh = sharding.make_mesh(config.mesh)
-  rows, T = config.train.batch_size, config.data.T
-  tokens = np.random.default_rng(0).integers(0, 256, (rows, T + 1)).astype(np.int32)
-  batch = {
-    "inputs": tokens[:, :-1],
-    "targets": tokens[:, 1:],
-    "segment_ids": np.zeros((rows, T), np.int32),
-    "continues": np.ones(rows, bool),
+def calls_of_task(task) -> list[dispatch.Call]:
+  """The calls of ops in one forward pass over a microbatch."""
+  rows = task.config.train.batch_size // task.config.train.accumulate
+  shapes = {
+    name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
+    for name, x in task.example_batch().items()
   }
+  make = lambda key: (task.init(key), task.init_carry(rows), key)
+  params, carry, key = jax.eval_shape(make, jax.random.key(0))
+  return calls_of(lambda *arguments: task.forward(*arguments)[0], params, shapes, carry, key)
+
+
+def _benchmark_step(task) -> dict:
+  """A row on the whole training step."""
+  config = task.config
+  mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     step, state = train_step.make_step(config, mesh), train_step.initialise(config, mesh)
-    batch = sharding.place_batch(mesh, batch)
+    batch = sharding.place_batch(mesh, task.example_batch())
     began = time.perf_counter()
     carried = [*step(state, batch)]
     jax.block_until_ready(carried)
@@ -67,14 +76,15 @@ def _benchmark_step(config, model) -> dict:
       return carried[1]
 
     (milliseconds,) = time_calls([again], seconds=5.0)
+  targets = config.train.batch_size * task.targets_per_row
   return {
     "op": "train_step",
-    "B": rows,
-    "T": T,
-    "dtype": model.dtype,
+    "B": config.train.batch_size,
+    "T": task.targets_per_row,
+    "dtype": task.model.dtype,
     "ms": milliseconds,
-    "tokens_per_second": rows * T / milliseconds * 1e3,
-    "tflop_per_s": 3 * lm.flops_per_token(model, T) * rows * T / milliseconds / 1e9,
+    "tokens_per_second": targets / milliseconds * 1e3,
+    "tflop_per_s": 3 * task.flops_per_target() * targets / milliseconds / 1e9,
     "compile_s": seconds,
     **report.environment(),
   }

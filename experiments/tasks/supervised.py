@@ -81,6 +81,11 @@ class Supervised:
     )
     return pipeline.TrainBatches(batches, order, None, None, data.prefetch)
 
+  def example_batch(self):
+    rows = self.config.train.batch_size
+    batch = self.batches(self.length, rows, 0, self.config.data.examples, slice(None))[0]
+    return {name: batch[name] for name in self.arrays}
+
   def evaluator(self, mesh):
     return LengthEvaluator(self, mesh)
 

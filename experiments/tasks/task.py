@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from jax import Array
 
 
@@ -72,6 +73,9 @@ class Task(Protocol):
     Raises:
       UserError: a field that is wrong, or data that cannot be had.
     """
+
+  def example_batch(self) -> dict[str, np.ndarray]:
+    """A batch as a step takes it, made without any data, to trace, compile and time with."""
 
   def evaluator(self, mesh: Any) -> Any:
     """`evaluator(params, split, brief)` measures a split, or with `brief` as much of it as a

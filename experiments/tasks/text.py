@@ -1,6 +1,7 @@
 """Language modelling: the next token of the documents that the group `data` names."""
 
 import jax.numpy as jnp
+import numpy as np
 
 from experiments import models, report
 from experiments.data import pipeline
@@ -78,6 +79,17 @@ class Text:
       seed=self.config.train.seed,
     )
     return self._batches
+
+  def example_batch(self):
+    rows, T = self.config.train.batch_size, self.config.data.T
+    tokens = np.random.default_rng(0).integers(0, self.model.vocab_size, (rows, T + 1), np.int32)
+    batch = {
+      "inputs": tokens[:, :-1],
+      "targets": tokens[:, 1:],
+      "segment_ids": np.zeros((rows, T), np.int32),
+      "continues": np.ones(rows, bool),
+    }
+    return {name: batch[name] for name in self.arrays}
 
   def evaluator(self, mesh):
     return Evaluator(self.config, mesh)

@@ -14,13 +14,13 @@ from experiments import (
   benchmark_cases,
   benchmark_config,
   benchmark_measure,
-  models,
 )
 from experiments import benchmark_error as oracle
 from experiments import benchmark_report as report
 from experiments import benchmark_timing as timing
 from experiments.benchmark_cases import CASES, PRESETS, make_workload
 from experiments.errors import UserError
+from experiments.tasks import make_task
 from ops import dispatch
 from tests.experiments import small
 from tests.quick_compilation import quick_compilation  # noqa: F401
@@ -180,8 +180,8 @@ def test_calls_of_an_op_are_its_workload(op):
 
 
 def test_ops_of_a_model():
-  config = small.make_config(("mamba", "attention"))
-  calls = benchmark_cases.calls_of_model(models.language_model(config), 2, 6)
+  config = small.make_config(("mamba", "attention"), train__batch_size=4, train__accumulate=2)
+  calls = benchmark_config.calls_of_task(make_task(config))
   found = benchmark_cases.workloads_of(calls)
   assert {report.shape_text(w.sizes): w.op for w in found} == {
     "B2 T6 D32 W4": "causal_conv",
