@@ -256,7 +256,7 @@ def variant(config, arg, **others):
   Args:
     config: the experiment's full-size config; changed in place.
     arg: what stands behind the colon of --config=file.py:arg, or None.
-    **others: functions of the config by argument.
+    **others: functions of the config by argument; one for `tiny` replaces the usual one.
 
   Returns:
     The config.
@@ -306,6 +306,7 @@ def _tiny(config):
   config.eval.every_steps = 10
   config.eval.batch_size = 8
   config.eval.T = 64
+  config.eval.examples = 16
   config.eval.max_tokens = 2048
   config.eval.final_max_tokens = 8192
   config.checkpoint.every_steps = 10

@@ -114,7 +114,7 @@ def known_configs() -> list[str]:
   return sorted(
     path.as_posix()
     for path in pathlib.Path("configs").glob("*.py")
-    if path.name not in ("__init__.py", "defaults.py")
+    if path.name not in ("__init__.py", "defaults.py", "vision_defaults.py")
   )
 
 
