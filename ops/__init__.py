@@ -2,6 +2,8 @@
 
 from ops.causal_conv import causal_conv as causal_conv
 from ops.causal_conv import causal_conv_step as causal_conv_step
+from ops.dag import DagBatch as DagBatch
+from ops.dag import dag_batch as dag_batch
 from ops.dispatch import explain as explain
 from ops.dispatch import for_platform as for_platform
 from ops.fronts import delta_rule as delta_rule
@@ -20,8 +22,15 @@ from ops.linear_attention import linear_attention as linear_attention
 from ops.linear_attention import linear_attention_step as linear_attention_step
 from ops.linear_scan import linear_scan as linear_scan
 from ops.linear_scan import linear_scan_step as linear_scan_step
+from ops.newton import Report as Report
+from ops.newton import newton_scan as newton_scan
+from ops.newton_cells import Cell as Cell
 from ops.normalize import l2_normalize as l2_normalize
+from ops.plstm import plstm_1d as plstm_1d
+from ops.plstm import plstm_1d_step as plstm_1d_step
 from ops.plstm_2d import largest_column_sum as largest_column_sum
 from ops.plstm_2d import plstm_2d as plstm_2d
+from ops.plstm_dag import normalise_transitions as normalise_transitions
+from ops.plstm_dag import plstm_dag as plstm_dag
 from ops.selective_scan import selective_scan as selective_scan
 from ops.selective_scan import selective_scan_step as selective_scan_step

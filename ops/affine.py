@@ -2,16 +2,19 @@
 
 A map is an `Affine`; `compose` is associative, `identity` is its unit, so a recurrence is a prefix
 "sum" of maps (Blelloch, "Prefix sums and their applications", 1990). The transition A comes in
-three kinds, told apart by its shape:
+four kinds, the first two told apart by its shape:
 
   scalar     A [...]        h [... K] or [... K V]   one number for the whole state
   diagonal   A [... K]      h [... K] or [... K V]   one number per row of the state
   dense      A [... K K]    h [... K V]              a matrix; pass `dense=True`
+  blocks     A [... M M D]  h [... M D]              a small matrix per channel; `blocks=True`
 
 A map with `fresh` set forgets what came before it. That is a flag and not A = 0, because 0 * NaN
 is NaN.
 """
 
+import functools
+import operator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -30,13 +33,22 @@ def _align(x: Array, like: Array) -> Array:
   return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
 
 
-def _act(transition: Array, h: Array, dense: bool) -> Array:
-  return transition @ h if dense else _align(transition, h) * h
+def act(transition: Array, h: Array, *, dense: bool = False, blocks: bool = False) -> Array:
+  """A h alone, without the input; h may also be another transition of the same kind."""
+  if dense:
+    return transition @ h
+  if not blocks:
+    return _align(transition, h) * h
+  # Sums spelled out over whole rows of channels: as products of tiny matrices they crawl.
+  matrix = h.ndim == transition.ndim
+  column = lambda j: transition[..., j, None, :] if matrix else transition[..., j, :]
+  row = lambda j: h[..., None, j, :, :] if matrix else h[..., None, j, :]
+  return functools.reduce(operator.add, (column(j) * row(j) for j in range(h.shape[-2 - matrix])))
 
 
-def apply(element: Affine, h: Array, *, dense: bool = False) -> Array:
+def apply(element: Affine, h: Array, **kind: bool) -> Array:
   """The state after `element`, from the state `h` before it."""
-  return _forget(element, _act(element.transition, _forget(element, h), dense)) + element.input
+  return _forget(element, act(element.transition, _forget(element, h), **kind)) + element.input
 
 
 def _forget(element: Affine, h: Array) -> Array:
@@ -47,10 +59,10 @@ def _forget(element: Affine, h: Array) -> Array:
   return jnp.where(_align(element.fresh, h), jnp.zeros_like(h), h)
 
 
-def compose(earlier: Affine, later: Affine, *, dense: bool = False) -> Affine:
+def compose(earlier: Affine, later: Affine, **kind: bool) -> Affine:
   """The one map that does `earlier` and then `later`."""
-  transition = _act(later.transition, _forget(later, earlier.transition), dense)
-  input = apply(later, earlier.input, dense=dense)
+  transition = act(later.transition, _forget(later, earlier.transition), **kind)
+  input = apply(later, earlier.input, **kind)
   if later.fresh is None and earlier.fresh is None:
     return Affine(transition, input)
   if later.fresh is None or earlier.fresh is None:
@@ -61,13 +73,12 @@ def compose(earlier: Affine, later: Affine, *, dense: bool = False) -> Affine:
   return element._replace(transition=_forget(element, transition))
 
 
-def identity(like: Affine, *, dense: bool = False) -> Affine:
+def identity(like: Affine, *, dense: bool = False, blocks: bool = False) -> Affine:
   """The map that changes nothing, in the shapes and dtypes of `like`."""
-  if dense:
-    eye = jnp.eye(like.transition.shape[-1], dtype=like.transition.dtype)
-    transition = jnp.broadcast_to(eye, like.transition.shape)
-  else:
-    transition = jnp.ones_like(like.transition)
+  transition = jnp.ones_like(like.transition)
+  if dense or blocks:
+    eye = jnp.eye(transition.shape[-2], dtype=transition.dtype)
+    transition *= eye[..., None] if blocks else eye
   fresh = None if like.fresh is None else jnp.zeros_like(like.fresh)
   return Affine(transition, jnp.zeros_like(like.input), fresh)
 

@@ -7,6 +7,7 @@ is padding.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def _loop(update, state, inputs, segment_ids, reverse):
@@ -42,6 +43,16 @@ def linear_scan(a, b, *, initial_state=None, segment_ids=None, reverse=False):
   if initial_state is None:
     initial_state = jnp.zeros_like(a[:, 0] * b[:, 0])
   return _loop(update, initial_state, (a, b), segment_ids, reverse)
+
+
+def nonlinear_scan(step, params, x, initial_state, *, segment_ids=None, reverse=False):
+  """h_t = step(params, h_{t-1}, x_t);  x any pytree of [B T ...] arrays, state [B ...]."""
+
+  def update(h, x):
+    h = step(params, h, x)
+    return h, h
+
+  return _loop(update, initial_state, x, segment_ids, reverse)
 
 
 def selective_scan(x, dt, A, B, C, D=None, *, initial_state=None, segment_ids=None, reverse=False):
@@ -98,6 +109,37 @@ def linear_attention(
   if initial_state is None:
     initial_state = jnp.zeros((v.shape[0], heads, K, v.shape[3]), v.dtype)
   return _loop(update, initial_state, (q, k, v, log_decay, beta), segment_ids, reverse)
+
+
+def plstm_1d(
+  q, k, v, source, transition, mark, direct, *, scale=None,
+  initial_state=None, segment_ids=None, reverse=False,
+):  # fmt: skip
+  """o = scale q^T (mark C + direct k v^T), then C <- transition C + source k v^T;  state [B H K V].
+
+  With state tracking all arrays have more axes, see `ops.plstm_1d`; state [B H K V J].
+  """
+  scale = q.shape[3] ** -0.5 if scale is None else scale
+  tracking = transition.ndim == 5
+  sums = {
+    "write": "hijk,hdj,hvk->hdvi" if tracking else "h,hd,hv->hdv",
+    "keep": "hij,hdvj->hdvi" if tracking else "h,hdv->hdv",
+    "read": "hdq,hoqi,hdvi->hvo" if tracking else "hd,h,hdv->hv",
+    "see": "hdq,hoqkl,hdk,hvl->hvo" if tracking else "hd,h,hd,hv->hv",
+  }
+  total = lambda name, *arrays: jax.vmap(lambda *row: jnp.einsum(sums[name], *row))(*arrays)
+
+  def update(C, token):
+    q, k, v, source, transition, mark, direct = token
+    o = scale * (total("read", q, mark, C) + total("see", q, direct, k, v))
+    return total("keep", transition, C) + total("write", source, k, v), o
+
+  if initial_state is None:
+    B, _, H, K = k.shape[:4]
+    copies = transition.shape[4:]
+    initial_state = jnp.zeros((B, H, K, v.shape[3], *copies), v.dtype)
+  tokens = (q, k, v, source, transition, mark, direct)
+  return _loop(update, initial_state, tokens, segment_ids, reverse)
 
 
 def ssd(x, dt, A, B, C, D=None, *, segment_ids=None, **options):
@@ -163,3 +205,37 @@ def _plstm_2d_one_run(q, k, v, source, transition, mark, direct, scale, initial_
   (_, final_below), (o, right) = jax.lax.scan(update, carry, jnp.arange(Y * X))
   on_grid = lambda array: jnp.moveaxis(array, 0, 1).reshape(B, Y, X, *array.shape[2:])
   return on_grid(o), (on_grid(right)[:, :, -1], final_below)
+
+
+def plstm_dag(
+  q, k, v, source, transition, mark, direct, graph, *, scale=None, initial_state=None
+):  # fmt: skip
+  """C_e = sum T_ee' C_e' + S_e k v^T, o_n = scale (sum M_e C_e^T q_n + D_n (q_n . k_n) v_n), one
+  edge after the other, each once all that lead to it are done; `graph` holds numpy arrays."""
+  N, E = q.shape[0], source.shape[0]
+  scale = q.shape[2] ** -0.5 if scale is None else scale
+  lines = [m for m in range(transition.shape[0]) if graph.line_in[m] < E]
+  line_in, line_out = graph.line_in[lines], graph.line_out[lines]
+  order, waiting = [], [e for e in range(E) if graph.tail[e] < N]
+  while waiting:
+    e = waiting.pop(0)
+    ready = all(a in order for a, b in zip(line_in, line_out) if b == e)
+    (order if ready else waiting).append(e)
+  T = jnp.zeros((E, E, q.shape[1]), q.dtype)
+  T = T.at[line_out, line_in].set(transition[np.array(lines, int)])
+  write = k[..., None] * v[..., None, :]  # [N H K V]
+  nodes = (graph.node_graph < len(graph.node_count))[:, None, None, None]
+  o = jnp.sum(q[..., None] * jnp.where(nodes, direct[..., None, None] * write, 0), axis=2)
+  states = jnp.zeros((E, *write.shape[1:]), v.dtype)
+
+  def update(carry, edge):
+    states, o = carry
+    e, tail, head = edge
+    C = source[e, :, None, None] * write[tail] + jnp.sum(T[e, ..., None, None] * states, axis=0)
+    C = C if initial_state is None else C + initial_state[e]
+    read = mark[e, :, None] * jnp.sum(q[head, :, :, None] * C, axis=1)
+    return (states.at[e].set(C), o.at[head].add(read)), None
+
+  edges = np.array([(e, graph.tail[e], graph.head[e]) for e in order], int).reshape(-1, 3)
+  (states, o), _ = jax.lax.scan(update, (states, o), tuple(edges.T))
+  return scale * o, states
