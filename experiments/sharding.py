@@ -20,10 +20,22 @@ P = jax.P
 # axis.
 # The optimizer's moments and the averaged weights end in the same paths and follow the same rules.
 PARAMETER_RULES = (
+  (r"position_embedding$", P(None, None, "fsdp")),
+  (r"\bpatch_proj/kernel$", P(None, "fsdp")),
+  (r"\bhead_proj/kernel$", P("fsdp", None)),
+  (r"\b(patch|head)_proj/bias$", P()),
   (r"embedding$", P("tensor", "fsdp")),
   (r"\bhead$", P("fsdp", "tensor")),
   (r"/in_proj/kernel$", P(None, "fsdp", None, "tensor")),
   (r"/(query|key|value|gate)_proj/kernel$", P(None, "fsdp", "tensor", None)),
+  (r"/(query|key|value)_proj/bias$", P(None, "tensor", None)),
+  (r"/(query|key|value)_heads/kernel$", P(None, "tensor", None, None)),
+  (r"/(query|key|value)_heads/bias$", P(None, "tensor", None)),
+  (r"/(source|transition|mark|angle|direct)_gate/(kernel|bias)$", P()),
+  (r"/up_proj/kernel$", P(None, "fsdp", "tensor")),
+  (r"/up_proj/bias$", P(None, "tensor")),
+  (r"/down_proj/kernel$", P(None, "tensor", "fsdp")),
+  (r"/(down|out)_proj/bias$", P()),
   (r"/(beta|decay)_proj/kernel$", P(None, "fsdp", "tensor")),
   (r"/(gate|decay)_down_proj/kernel$", P(None, "fsdp", None)),
   (r"/(gate|decay)_up_proj/kernel$", P(None, None, "tensor", None)),
