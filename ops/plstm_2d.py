@@ -12,14 +12,15 @@ dy below, so transitions of 1 explode. Two remedies: P-mode, where what enters a
 D-mode, where nothing turns from left to down (T_dl = 0), so that there is one way to each node and
 |T| <= 1 suffices. Both are `structure`s, which have cheaper forms.
 
-`plstm_2d_scans.py` holds the forms that carry states from node to node.
+`plstm_2d_scans.py` holds the forms that carry states from node to node, `plstm_2d_dense.py` the one
+of all pairs of nodes, made by the block maps of `plstm_2d_blocks.py`.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ops import dispatch, plstm_2d_scans
+from ops import dispatch, plstm_2d_dense, plstm_2d_scans
 from ops.plstm_2d_scans import Grid
 from ops.precision import state_dtype, varying_like
 
@@ -64,7 +65,8 @@ def plstm_2d(
     structure: a promise about the transitions. "general"; "separable" (D-mode): transition[..., 1,
       0], from left to down, is taken as 0; "merged" (P-mode): what enters from the left and from
       above is treated alike, entry 0 of the last axis of transition and of mark is used for both.
-    implementation: "recurrent" (node after node), or None.
+    implementation: "recurrent" (node after node), "wavefront" (anti-diagonal after anti-diagonal),
+      "parallel" (scores of all pairs of nodes), or None.
     chunk_size: side of a block of "chunked"; None chooses.
 
   Returns:
@@ -154,11 +156,24 @@ def _check(q, k, v, source, transition, mark, direct, initial_state, structure, 
     raise ValueError(f"structure is {structure!r}, expected one of {', '.join(STRUCTURES)}")
 
 
+def _preference(*, q, **arguments):
+  return ["parallel", "wavefront"] if q.shape[1] * q.shape[2] <= 1024 else ["wavefront"]
+
+
 dispatch.declare(
   "plstm_2d",
   {
     "recurrent": dispatch.Implementation(
       plstm_2d_scans.recurrent, dispatch.anything, "Y X steps, least memory"
     ),
+    "wavefront": dispatch.Implementation(
+      plstm_2d_scans.wavefront, dispatch.anything, "Y + X steps, work linear in the nodes"
+    ),
+    "parallel": dispatch.Implementation(
+      plstm_2d_dense.parallel,
+      dispatch.anything,
+      "scores of all pairs of nodes, one pass for 4 runs",
+    ),
   },
+  _preference,
 )

@@ -92,3 +92,62 @@ def recurrent(grid, left, above, *, structure, chunk_size, precision):
     row, jnp.moveaxis(above, 0, 1), (nodes, jnp.moveaxis(left, 0, 1))
   )
   return jnp.moveaxis(o, 2, 0), (jnp.moveaxis(right, 1, 0), jnp.moveaxis(below, 1, 0))
+
+
+@by_run
+def wavefront(grid, left, above, *, structure, chunk_size, precision):
+  """A scan over anti-diagonals, whose nodes wait only for the one before: at step s the nodes (s -
+  x, x) of all columns x. Every group of about sqrt(Y + X) steps is computed again for the
+  gradients."""
+  Y, X = grid.q.shape[1:3]
+  steps = Y + X - 1
+  group = max(1, round(steps**0.5))
+  padded = -(-steps // group) * group
+  # What enters a column from above waits there, at nodes outside of the grid, for its first node;
+  # what leaves its last one stays.
+  waits = jnp.zeros((2, 2), grid.q.dtype).at[1, 1].set(1)
+  fill = Grid(0, 0, 0, 0, waits, 0)
+  nodes = Grid(*(_skew(x, value, padded) for x, value in zip(grid, fill)))
+  left = jnp.moveaxis(left, 1, 0)
+  left = jnp.pad(left, [(0, padded - Y)] + [(0, 0)] * (left.ndim - 1))
+
+  def step(states, token):
+    right, above = states
+    nodes, left = token
+    left = jnp.concatenate([left[None], right[:-1]])
+    o, right, below = pass_nodes(nodes, left, above)
+    return (right, below), (o, right[-1])
+
+  @jax.checkpoint
+  def steps_of_group(states, tokens):
+    return jax.lax.scan(step, states, tokens)
+
+  by_group = lambda x: x.reshape(padded // group, group, *x.shape[1:])
+  above = jnp.moveaxis(above, 1, 0)
+  states = (jnp.zeros_like(above), above)
+  (_, below), (o, right) = jax.lax.scan(
+    steps_of_group, states, jax.tree.map(by_group, (nodes, left))
+  )
+  o, right = (x.reshape(padded, *x.shape[2:]) for x in (o, right))
+  right = right[X - 1 : steps]
+  return _unskew(o, Y), (jnp.moveaxis(right, 1, 0), jnp.moveaxis(below, 1, 0))
+
+
+def _skew(x: Array, fill: Array | float, steps: int) -> Array:
+  """x [B Y X ...] as [steps X B ...], with x[:, s - x, x] at [s, x], `fill` outside of the grid."""
+  B, Y, X = x.shape[:3]
+  x = jnp.moveaxis(x, 0, 2)
+  columns = jnp.swapaxes(x, 0, 1)
+  outside = jnp.broadcast_to(jnp.asarray(fill, x.dtype), (X, steps + 1 - Y, *columns.shape[2:]))
+  # One more than the steps for each column: column x starts x steps later.
+  flat = jnp.concatenate([columns, outside], axis=1).reshape(X * (steps + 1), *columns.shape[2:])
+  return jnp.swapaxes(flat[: X * steps].reshape(X, steps, *columns.shape[2:]), 0, 1)
+
+
+def _unskew(x: Array, Y: int) -> Array:
+  """The inverse of `_skew`: [B Y X ...]."""
+  steps, X = x.shape[:2]
+  flat = jnp.swapaxes(x, 0, 1).reshape(steps * X, *x.shape[2:])
+  flat = jnp.pad(flat, [(0, X)] + [(0, 0)] * (flat.ndim - 1))
+  columns = flat.reshape(X, steps + 1, *x.shape[2:])[:, :Y]
+  return jnp.moveaxis(jnp.swapaxes(columns, 0, 1), 2, 0)
