@@ -61,6 +61,12 @@ def get_config(arg=None):
   model.deltanet = _deltanet()
   model.gated_deltanet = _gated_deltanet("scalar", H=6, K=256, expand_v=2.0)
   model.kda = _gated_deltanet("vector", H=16, K=128, expand_v=1.0)
+  model.paragru = _pararnn("paragru")
+  model.paralstm = _pararnn("paralstm")
+  model.elman = _pararnn("elman")
+  model.gru = _pararnn("gru")
+  model.lstm = _pararnn("lstm", memory_bias_min=1.0, memory_bias_max=1.0)
+  model.slstm = _pararnn("slstm", memory_bias_min=3.0, memory_bias_max=6.0)
   model.attention = _attention(None)
   model.sliding_attention = _attention(256)
 
@@ -79,7 +85,7 @@ def get_config(arg=None):
   )  # parameters that Muon takes: (regex, yes or no)
   # Multipliers of weight decay by parameter: (regex over its path, factor), the first match counts.
   optim.weight_decay_rules = (
-    (r"(scale|bias|A_log|skip|conv_weight)$", 0.0),
+    (r"(scale|bias|A_log|skip|conv_weight|recurrent_weight|peephole_weight)$", 0.0),
     (r".*", 1.0),
   )
   optim.learning_rate_rules = ((r".*", 1.0),)  # likewise, of the learning rate; 0 freezes
@@ -119,7 +125,7 @@ def get_config(arg=None):
     True  # documents are read from start to end with state; False starts every T tokens anew
   )
 
-  evaluation.lengths = ()  # lengths (parity: tokens; rays, arrow: side) a task is evaluated at; () is that of training
+  evaluation.lengths = ()  # lengths (parity: tokens; rays, arrow: side) that a task is evaluated at beside that of training
   evaluation.examples = 1024  # examples of a task at each length; during training a tenth
 
   config.checkpoint = checkpoint = ConfigDict()
@@ -250,6 +256,43 @@ def _gated_deltanet(decay, H, K, expand_v):
   return gated
 
 
+def _pararnn(cell, memory_bias_min=0.0, memory_bias_max=0.0):
+  pararnn = ConfigDict()
+  pararnn.cell = cell  # paragru, paralstm, elman, gru, lstm or slstm
+  pararnn.H = 4  # heads: blocks of the cell's input projection, and of full recurrent matrices
+  pararnn.W = 4  # width of the convolution, tokens; 0 leaves it out
+  pararnn.mode = config_dict.placeholder(
+    str
+  )  # newton, sequential (one token after the other); None chooses
+  pararnn.iterations = 4  # of Newton's method
+  pararnn.window = config_dict.placeholder(
+    int
+  )  # tokens solved at a time, the windows in order; None is all
+  pararnn.policy = (
+    "ignore"  # of a solution that is none: ignore, warn, fallback (sequential) or nan
+  )
+  pararnn.recurrent_clip = config_dict.placeholder(float)
+  pararnn.recurrent_clip = 0.5  # largest magnitude of a and w; None is no limit
+  pararnn.recurrent_std = config_dict.placeholder(
+    float
+  )  # of initial a and w, cut at 0.9; None is D^-1/2
+  pararnn.input_init = "kaiming"  # of B, uniform: kaiming, xavier
+  pararnn.memory_bias_min = (
+    memory_bias_min  # initial bias of the gate that keeps the state, first channel;
+  )
+  pararnn.memory_bias_max = (
+    memory_bias_max  # last channel, linear between; positive keeps longer in every cell
+  )
+  pararnn.norm_before_gate = True  # norm(h) * silu(z) rather than norm(h * silu(z))
+  pararnn.norm_epsilon = 1e-5  # of the norm of the output
+  pararnn.bare = False  # the cell alone: no projections around it, convolution, gate and norm
+  pararnn.residual_scale = True  # learnt scale of the block's input where the output is added to it
+  pararnn.mlp_width = config_dict.placeholder(
+    int
+  )  # of the gated MLP; None is 8 D / 3 up to 256; 0 is none
+  return pararnn
+
+
 def variant(config, arg, **others):
   """`config` as it is for no argument, shrunk for `tiny`, or changed by `others[arg]`.
 
@@ -284,6 +327,9 @@ def _tiny(config):
   config.model.mamba.N = 4
   config.model.mamba2.P = config.model.mamba2.N = 8
   for name in ("gla", "retnet", "deltanet", "gated_deltanet", "kda"):
+    config.model[name].H = 2
+    config.model[name].mlp_width = 64
+  for name in ("paragru", "paralstm", "elman", "gru", "lstm", "slstm"):
     config.model[name].H = 2
     config.model[name].mlp_width = 64
   config.model.gla.kv_heads = None

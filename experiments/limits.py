@@ -8,10 +8,10 @@ from experiments.errors import UserError
 AT_LEAST_ONE = """
   data.T model.vocab_size model.D model.L model.unroll model.mamba.expand model.mamba.N
   model.mamba.W train.steps train.batch_size train.accumulate train.spike_window train.max_skipped
-  eval.batch_size eval.T checkpoint.keep_last
+  eval.batch_size eval.T eval.examples checkpoint.keep_last data.side
 """
 AT_LEAST_ZERO = """
-  data.prefetch model.mamba.mlp_width optim.learning_rate optim.weight_decay optim.clip_norm
+  data.prefetch data.examples model.mamba.mlp_width optim.learning_rate optim.weight_decay optim.clip_norm
   schedule.warmup_steps train.seed train.spike_sigma eval.every_steps eval.max_tokens
   eval.final_max_tokens checkpoint.every_steps checkpoint.keep_best checkpoint.keep_every_hours
   log.every_steps sample.tokens sample.temperature sample.top_k sample.seed

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from experiments.errors import UserError
-from lm_models import lm
+from lm_models import lm, vision
 
 
 def language_model(config) -> lm.Config:
@@ -15,14 +15,12 @@ def language_model(config) -> lm.Config:
   return _made(lm.make_config, config)
 
 
-def vision_model(config) -> "vision.Config":  # noqa: F821
+def vision_model(config) -> vision.Config:
   """The vision model of an experiment.
 
   Raises:
     UserError: the group `model` does not describe one.
   """
-  from lm_models import vision
-
   return _made(vision.make_config, config)
 
 

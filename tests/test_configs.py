@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import configs
-from experiments import models, sharding, train_step
-from lm_models import lm
+from experiments import sharding, train_step
+from experiments.tasks import make_task
+from lm_models import lm, vision
 from tests.quick_compilation import quick_compilation as quick_compilation
 
 NAMES = sorted(
@@ -46,7 +47,12 @@ def make_quick(config):
 def count(config):
   """Parameters of a config's model."""
   make_quick(config)
-  return lm.parameter_count(models.language_model(config))
+  return make_task(config).parameter_count()
+
+
+def defaults_of(config):
+  """The file in which all fields of an experiment are defined."""
+  return "vision_defaults" if "patch" in config.model else "defaults"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -55,8 +61,8 @@ def test_every_config_has_the_same_fields_and_describes_a_model(name):
   for arg in (None, "", "tiny", *(["small"] if name in AUSTEN else [])):
     config = get(name, arg)
     assert set(groups) <= set(config)
-    assert keys(config) == keys(get("defaults"))
-    assert models.language_model(config).repeats >= 1
+    assert keys(config) == keys(get(defaults_of(config)))
+    assert name == "vision_defaults" or make_task(config).model.repeats >= 1
     assert config.train.batch_size % config.train.accumulate == 0
 
 
@@ -68,7 +74,7 @@ def test_an_unknown_argument_is_refused(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_docstring_holds_the_command(name):
-  if name == "defaults":
+  if name.endswith("defaults"):
     pytest.skip("not an experiment of its own")
   docstring = importlib.import_module(f"configs.{name}").__doc__
   assert f"python run.py --config=configs/{name}.py" in docstring
@@ -81,12 +87,20 @@ def as_plain(value):
 
 def test_the_fields_and_defaults_of_a_model_are_the_dataclass_ones():
   check_defaults(get("defaults").model, lm.Config, {"mixers"}, {})
+  check_defaults(get("vision_defaults").model, vision.Config, {"mixers"}, {})
 
 
 @pytest.mark.parametrize("name", lm.MIXERS)
 def test_fields_and_defaults_are_the_dataclasses(name):
   module, changed = lm.MIXERS[name]
   check_defaults(get("defaults").model[name], module.Config, {"D", "L", "dtype"}, changed)
+
+
+@pytest.mark.parametrize("name", vision.MIXERS)
+def test_fields_and_defaults_of_vision_mixers_are_the_dataclasses(name):
+  module, changed = vision.MIXERS[name]
+  group = get("vision_defaults").model[name]
+  check_defaults(group, module.Config, {"D", "L", "dtype", *changed}, {})
 
 
 def check_defaults(group, dataclass, elsewhere, changed):
@@ -103,7 +117,7 @@ def check_defaults(group, dataclass, elsewhere, changed):
 
 @pytest.mark.parametrize("arg, millions", [(None, 4.1), ("small", 1.0)])
 def test_the_austen_models_are_of_one_size(arg, millions):
-  counts = {name: lm.parameter_count(models.language_model(get(name, arg))) for name in AUSTEN}
+  counts = {name: make_task(get(name, arg)).parameter_count() for name in AUSTEN}
   assert len(counts) >= 9
   assert max(counts.values()) / min(counts.values()) < 1.02, counts
   assert counts["austen_mamba"] / 1e6 == pytest.approx(millions, abs=0.05)
@@ -174,7 +188,12 @@ def formula(model):
 
 
 # The other language models are, at this size, the models on the Austen corpus.
-@pytest.mark.parametrize("name", [n for n in NAMES if not n.endswith("_lm") or n == "mamba_lm"])
+TRAINED = [
+  name for name in NAMES if name == "mamba_lm" or not name.endswith(("_lm", "vision_defaults"))
+]
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_the_tiny_form_takes_two_steps(name):
   config = get(name, "tiny")
   config.data.T = 4
@@ -182,19 +201,13 @@ def test_the_tiny_form_takes_two_steps(name):
   mesh = sharding.make_mesh({**config.mesh, "data": 1})
   step = train_step.make_step(config, mesh)
   state = train_step.initialise(config, mesh)
-  generator = np.random.default_rng(0)
-  shape = (config.train.batch_size, config.data.T)
-  batch = {
-    "inputs": generator.integers(0, 257, shape).astype(np.int32),
-    "targets": generator.integers(0, 257, shape).astype(np.int32),
-    "segment_ids": np.zeros(shape, np.int32),
-    "continues": np.zeros(shape[0], bool),
-  }
+  batch = make_task(config).example_batch()
   losses = []
   for _ in range(2):
     state, metrics = step(state, sharding.place_batch(mesh, batch))
     losses.append(float(metrics["loss"]))
-  # The same batch again: from a guess over the vocabulary to something better.
-  assert abs(losses[0] - np.log(config.model.vocab_size)) < 0.3 and losses[1] < losses[0]
+  # The same batch again: from a guess over all answers to something better.
+  answers = config.model.get("outputs") or config.model.vocab_size
+  assert abs(losses[0] - np.log(answers)) < 0.3 and losses[1] < losses[0]
   assert int(metrics["skipped"]) == 0 and int(state.step) == 2
   assert jax.tree.all(jax.tree.map(lambda x: bool(np.isfinite(x).all()), state.params))

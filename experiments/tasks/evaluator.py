@@ -1,4 +1,4 @@
-"""Accuracy of a synthetic task at each of the lengths that `eval.lengths` lists."""
+"""Accuracy of a synthetic task at the length it is trained at, and at those of `eval.lengths`."""
 
 import dataclasses
 
@@ -44,9 +44,6 @@ class LengthEvaluator:
         f"eval.batch_size is {config.eval.batch_size}, must be a multiple of mesh.data * mesh.fsdp"
         f" = {shards}"
       )
-    self.lengths = tuple(config.eval.lengths) or (task.length,)
-    if any(not isinstance(length, int) or length < 1 for length in self.lengths):
-      raise UserError(f"eval.lengths is {self.lengths}, must be of ints of at least 1")
     self._step = jax.jit(self._measure)
 
   def __call__(self, params, split: str, brief: bool = False) -> Accuracies:
@@ -60,7 +57,7 @@ class LengthEvaluator:
     config, found = self._task.config, {}
     rows = config.eval.batch_size
     examples = -(-config.eval.examples // (10 if brief else 1))
-    for place, length in enumerate(self.lengths):
+    for place, length in enumerate(self._task.lengths):
       batches = self._task.batches(
         length,
         rows,

@@ -15,6 +15,7 @@ from experiments.errors import UserError
 from experiments.tasks.arrow import ArrowBatches
 from experiments.tasks.evaluator import FIRST_SEED, LengthEvaluator
 from experiments.tasks.parity import ParityBatches
+from experiments.tasks.rays import CHANNELS as RAY_CHANNELS
 from experiments.tasks.rays import RayBatches
 from experiments.tasks.task import Measured
 from lm_models import lm, vision
@@ -28,6 +29,10 @@ class Supervised:
 
   def __init__(self, config):
     self.config = config
+    # Ranked by the length that it is trained at, whichever others are looked at.
+    self.lengths = tuple(dict.fromkeys((self.length, *config.eval.lengths)))
+    if any(not isinstance(length, int) or length < 1 for length in config.eval.lengths):
+      raise UserError(f"eval.lengths is {config.eval.lengths}, must be of ints of at least 1")
     self.best_metric = f"validation/loss/{self.length}"
 
   # Of each task: its length in training, the batches of any length, and its model's logits.
@@ -166,11 +171,32 @@ class Parity(Supervised):
 
 
 class _Images(Supervised):
-  """Images to classes, one for the whole or one for each patch."""
+  """Images to classes, one for the whole or one for each cell."""
+
+  channels: int  # of the images
 
   def __init__(self, config):
     super().__init__(config)
-    self.model = models.vision_model(config)
+    self.model = model = models.vision_model(config)
+    for field, allowed, said in (
+      ("channels", model.channels == self.channels, f"{self.channels}"),
+      ("outputs", model.outputs >= 2, "at least 2"),
+      *self._demands(model),
+    ):
+      if not allowed:
+        value = getattr(model, field)
+        raise UserError(
+          f"model.{field} is {value!r}, must be {said} with data.name={config.data.name!r}"
+        )
+    for side in self.lengths:
+      if side % model.patch:
+        raise UserError(
+          f"model.patch is {model.patch}, must divide data.side and eval.lengths, such as {side}"
+        )
+
+  def _demands(self, model):
+    """(field of the model, whether it is as it must be, what it must be) for each that matters."""
+    raise NotImplementedError
 
   @property
   def length(self):
@@ -205,6 +231,10 @@ class Rays(_Images):
   unit = "cells"
   arrays: ClassVar[dict[str, int]] = {"images": 4, "targets": 3}
   binary = True
+  channels = len(RAY_CHANNELS)
+
+  def _demands(self, model):
+    return [("patch", model.patch == 1, "1"), ("pooling", model.pooling == "none", "'none'")]
 
   @property
   def targets_per_row(self):
@@ -220,6 +250,10 @@ class Arrow(_Images):
   unit = "images"
   arrays: ClassVar[dict[str, int]] = {"images": 4, "targets": 1}
   targets_per_row = 1
+  channels = 3
+
+  def _demands(self, model):
+    return [("pooling", model.pooling != "none", "'corners' or 'mean'")]
 
   def batches(self, length, rows, seed, examples, part):
     return ArrowBatches(rows, length, seed, part, examples=examples)
