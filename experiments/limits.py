@@ -11,8 +11,9 @@ AT_LEAST_ONE = """
   eval.batch_size eval.T eval.examples checkpoint.keep_last data.side
 """
 AT_LEAST_ZERO = """
-  data.prefetch data.examples model.mamba.mlp_width optim.learning_rate optim.weight_decay optim.clip_norm
-  schedule.warmup_steps train.seed train.spike_sigma eval.every_steps eval.max_tokens
+  data.prefetch data.examples model.mamba.mlp_width optim.learning_rate optim.weight_decay
+  optim.clip_norm schedule.warmup_steps train.seed train.spike_sigma eval.every_steps
+  eval.max_tokens
   eval.final_max_tokens checkpoint.every_steps checkpoint.keep_best checkpoint.keep_every_hours
   log.every_steps sample.tokens sample.temperature sample.top_k sample.seed
 """
