@@ -8,7 +8,7 @@ def get_config(arg=None):
   config = ConfigDict()
 
   config.data = data = ConfigDict()
-  data.name = "austen/chapters"  # austen/chapters, austen/novels, folder, a TFDS data set's name; or a task: parity, rays, arrow
+  data.name = "austen/chapters"  # austen/chapters, austen/novels, folder, a TFDS data set's name; or a task: parity, rays, arrow, arrow_tokens
   data.directory = (
     ""  # the folder of .txt and .jsonl files, or where TFDS keeps data; empty is the usual place
   )
@@ -25,7 +25,10 @@ def get_config(arg=None):
   data.test_fraction = 0.01  # share of a folder's documents that its test split gets
   data.cache_directory = "~/.cache/recurrax"  # where prepared data lie
   data.prefetch = 4  # batches made ahead
-  data.side = 8  # side of the images of a task that are trained on, pixels (rays: cells)
+  data.side = (
+    8  # side of the images of a task that are trained on, pixels of arrow, cells of others
+  )
+  data.scale = 1.0  # of all sizes in the pictures of arrow but their side
   data.examples = 0  # different examples of arrow that are trained on; 0 makes new ones for ever
   data.supervise = "all"  # bits of parity that are learnt from: all, or the last of each row
 

@@ -17,7 +17,7 @@ AT_LEAST_ZERO = """
   eval.final_max_tokens checkpoint.every_steps checkpoint.keep_best checkpoint.keep_every_hours
   log.every_steps sample.tokens sample.temperature sample.top_k sample.seed
 """
-ABOVE_ZERO = "model.norm_epsilon optim.epsilon sample.top_p"
+ABOVE_ZERO = "data.scale model.norm_epsilon optim.epsilon sample.top_p"
 BELOW_ONE = "optim.b1 optim.b2 optim.momentum train.ema_decay"
 AT_MOST_ONE = "schedule.decay_fraction schedule.final_fraction sample.top_p"
 

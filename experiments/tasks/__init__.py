@@ -1,11 +1,11 @@
 """What a run can train: see `task.Task`."""
 
 from experiments.errors import UserError
-from experiments.tasks.supervised import Arrow, Parity, Rays
+from experiments.tasks.supervised import Arrow, ArrowTokens, Parity, Rays
 from experiments.tasks.task import Task
 from experiments.tasks.text import Text
 
-SUPERVISED = {"parity": Parity, "rays": Rays, "arrow": Arrow}
+SUPERVISED = {"parity": Parity, "rays": Rays, "arrow": Arrow, "arrow_tokens": ArrowTokens}
 
 
 def make_task(config) -> Task:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from experiments import metrics, models, plots
 from experiments.data import pipeline
 from experiments.errors import UserError
-from experiments.tasks.arrow import ArrowBatches
+from experiments.tasks.arrow import TOKEN_CHANNELS, ArrowBatches, ArrowTokenBatches
 from experiments.tasks.evaluator import FIRST_SEED, LengthEvaluator
 from experiments.tasks.parity import ParityBatches
 from experiments.tasks.rays import CHANNELS as RAY_CHANNELS
@@ -256,4 +256,13 @@ class Arrow(_Images):
     return [("pooling", model.pooling != "none", "'corners' or 'mean'")]
 
   def batches(self, length, rows, seed, examples, part):
-    return ArrowBatches(rows, length, seed, part, examples=examples)
+    return ArrowBatches(rows, length, seed, part, examples=examples, scale=self.config.data.scale)
+
+
+class ArrowTokens(Arrow):
+  """The same scenes on a grid of tokens, of which one holds the arrow and one the disc."""
+
+  channels = len(TOKEN_CHANNELS)
+
+  def batches(self, length, rows, seed, examples, part):
+    return ArrowTokenBatches(rows, length, seed, part)
