@@ -11,7 +11,10 @@ from optax import contrib
 from experiments.errors import UserError
 from experiments.rules import first_match, map_rules, path_name
 
-# How many axes of a parameter (after the repeats) a matrix product sums over; the rest are outputs.
+# How many axes of a parameter, after the repeats, number matrices of their own, such as heads.
+STACK_AXES = ((r"/input_proj/kernel$", 1), (r".*", 0))
+
+# How many axes after these a matrix product sums over; the rest are outputs.
 INPUT_AXES = ((r"attention/mixer/out_proj/kernel$", 2), (r".*", 1))
 
 # Muon's updates have this root mean square times the learning rate, about that of AdamW's, so that
@@ -95,6 +98,7 @@ def _muon(config):
     def numbers(path, leaf):
       name = path_name(path)
       first = 1 if name.startswith("blocks/") else 0
+      first += first_match(STACK_AXES, name, "optimizers.STACK_AXES")
       inputs = first + first_match(INPUT_AXES, name, "optimizers.INPUT_AXES")
       return contrib.MuonDimensionNumbers(
         tuple(range(first, inputs)), tuple(range(inputs, leaf.ndim))

@@ -48,6 +48,11 @@ PARAMETER_RULES = (
   (r"/dt_proj/kernel$", P(None, None, "tensor")),
   (r"/conv_weight$", P(None, None, "tensor")),
   (r"/(conv_bias|dt_bias|skip|A_log)$", P(None, "tensor")),
+  (r"/input_proj/kernel$", P(None, "tensor", "fsdp")),
+  (r"/(gate_bias|recurrent_weight|peephole_weight)$", P(None, None, "tensor")),
+  (r"/recurrent_matrix$", P(None, None, "tensor", "fsdp")),
+  (r"/recurrent_bias$", P(None, "tensor")),
+  (r"/residual_scale$", P()),
   (r"norm/scale$", P()),
   (r"ns_coeffs$", P()),  # constants that optax keeps in Muon's state
 )

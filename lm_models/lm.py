@@ -22,7 +22,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lm_models import attention, deltanet, gated_deltanet, gla, layers, mamba, mamba2, retnet
+from lm_models import (
+  attention,
+  deltanet,
+  gated_deltanet,
+  gla,
+  layers,
+  mamba,
+  mamba2,
+  pararnn,
+  retnet,
+)
 
 # What a name in a pattern stands for: the architecture's module and what its Config starts from.
 MIXERS = {
@@ -33,6 +43,12 @@ MIXERS = {
   "deltanet": (deltanet, {}),
   "gated_deltanet": (gated_deltanet, {}),
   "kda": (gated_deltanet, {"decay": "vector", "H": 16, "K": 128, "expand_v": 1.0}),
+  "paragru": (pararnn, {}),
+  "paralstm": (pararnn, {"cell": "paralstm"}),
+  "elman": (pararnn, {"cell": "elman"}),
+  "gru": (pararnn, {"cell": "gru"}),
+  "lstm": (pararnn, {"cell": "lstm", "memory_bias_min": 1.0, "memory_bias_max": 1.0}),
+  "slstm": (pararnn, {"cell": "slstm", "memory_bias_min": 3.0, "memory_bias_max": 6.0}),
   "attention": (attention, {}),
   "sliding_attention": (attention, {"window": 256}),
 }
@@ -138,7 +154,11 @@ def _mlp_width(mixer) -> int:
 
 
 class Block(nn.Module):
-  """x += mixer(norm(x)), then x += mlp(norm(x)) where the architecture has an MLP."""
+  """x += mixer(norm(x)), then x += mlp(norm(x)) where the architecture has an MLP.
+
+  An architecture whose Config has `residual_scale` set multiplies x by a learnt scale for each
+  channel before its mixer's output is added.
+  """
 
   name_in_pattern: str
   config: Config
@@ -149,6 +169,8 @@ class Block(nn.Module):
     mixer = self.config.mixer(self.name_in_pattern)
     norm = functools.partial(layers.RMSNorm, self.config.norm_epsilon, self.config.dtype)
     y, state = module.Mixer(mixer, name="mixer")(norm(name="norm")(x), state, segment_ids)
+    if getattr(mixer, "residual_scale", False):
+      x = x * self.param("residual_scale", nn.initializers.ones, (self.config.D,))
     x = layers.constrain_activations(x + y)
     width = _mlp_width(mixer)
     if width:

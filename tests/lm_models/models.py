@@ -15,6 +15,7 @@ PATTERNS = {
   "delta_hybrid": (("deltanet", "sliding_attention"), 2),
   "gated_delta_hybrid": (("gated_deltanet", "attention"), 2),
   "vectors": (("kda", "retnet"), 2),
+  "nonlinear": (("paralstm", "slstm"), 2),
 }
 
 # Rows of 12 tokens: documents, and padding left, right and between.
@@ -52,6 +53,8 @@ def make_config(kind: str, **fields) -> lm.Config:
     "deltanet": {**matrix_state, "allow_neg_eigval": True},
     "gated_deltanet": {**matrix_state, "value_heads": 4, "K": 3, "expand_v": 1.0},
     "kda": {**matrix_state, "K": 3, "expand_v": 2 / 3, "rank": 1},
+    "paralstm": {"mode": "newton", "H": 2, "W": 2, "mlp_width": 0},
+    "slstm": {"H": 2, "W": 0, "mlp_width": 0},
   }
   return lm.make_config(**{**options, **fields})
 
@@ -65,14 +68,17 @@ def random_params(shapes, seed=0, gain=1.5):
     noise = generator.standard_normal(leaf.shape)
     if name.endswith("kernel"):
       stacked = name.startswith("blocks/")
+      first = stacked + ("input_proj" in name)  # heads with matrices of their own
       inputs = 2 if "attention/mixer/out_proj" in name else 1
-      fan_in = np.prod(leaf.shape[stacked : stacked + inputs])
+      fan_in = np.prod(leaf.shape[first : first + inputs])
       noise = gain * noise * fan_in**-0.5
+    elif name.endswith("recurrent_matrix"):
+      noise = gain * noise * leaf.shape[-1] ** -0.5
     elif name == "head":
       noise = gain * noise * leaf.shape[0] ** -0.5
     elif name.endswith(("scale", "skip")):
       noise = 1 + 0.3 * noise
-    elif name.endswith(("A_log", "conv_weight", "bias")):
+    elif name.endswith(("A_log", "_weight", "bias")):
       noise = 0.5 * noise
     return jnp.asarray(noise, jnp.float32)
 

@@ -6,18 +6,19 @@ masks, caches and packing have something to be wrong against.
 
 import numpy as np
 
-from tests.lm_models import oracle_matrix
+from tests.lm_models import oracle_matrix, oracle_rnn
 from tests.lm_models.numpy_layers import rotate as rotate
 from tests.lm_models.numpy_layers import silu as silu
 from tests.lm_models.numpy_layers import softplus as softplus
 
-MATRIX_STATE = {
+MIXERS = {
   "gla": oracle_matrix.gla,
   "mamba2": oracle_matrix.mamba2,
   "retnet": oracle_matrix.retnet,
   "deltanet": oracle_matrix.deltanet,
   "gated_deltanet": oracle_matrix.gated_deltanet,
   "kda": oracle_matrix.gated_deltanet,
+  **dict.fromkeys(("paragru", "paralstm", "elman", "gru", "lstm", "slstm"), oracle_rnn.pararnn),
 }
 
 
@@ -108,10 +109,11 @@ def language_model(p, tokens, pattern, *, configs, epsilon):
     for i, name in enumerate(pattern):
       block = take(p["blocks"][f"{i}_{name}"], repeat)
       normed = rms_norm(block["norm"], x, epsilon)
+      x = block.get("residual_scale", 1) * x
       if name == "mamba":
         x = x + mamba(block["mixer"], normed)
-      elif name in MATRIX_STATE:
-        x = x + MATRIX_STATE[name](block["mixer"], normed, configs[name])
+      elif name in MIXERS:
+        x = x + MIXERS[name](block["mixer"], normed, configs[name])
       else:
         x = x + attention(block["mixer"], normed, configs[name].window)
       if "mlp" in block:
