@@ -180,7 +180,7 @@ def floating_dtype(*trees: Any):
   return jnp.result_type(jnp.float32, *(d for d in dtypes if jnp.issubdtype(d, jnp.floating)))
 
 
-def check_step(cell: Cell, params: Any, state: Array, x: Any):
+def check_step(cell: Cell, params: Any, state: Any, x: Any):
   """Raises ValueError unless the cell maps `state` [B ...] to its like and keeps its promise.
 
   Only shapes and dtypes are read: the promise is tried on random numbers, for `x` one token per
@@ -218,7 +218,7 @@ def _complaint(cell, treedef, kinds) -> str | None:
     return false_structure(cell, params, h, x)
 
 
-def false_structure(cell: Cell, params: Any, h: Array, x: Any) -> str | None:
+def false_structure(cell: Cell, params: Any, h: Any, x: Any) -> str | None:
   """What is false about `cell.structure` at these h [B ...] and x [B ...]; None if nothing is."""
   v = np.asarray(np.random.default_rng(1).normal(size=h.shape), h.dtype)
 
