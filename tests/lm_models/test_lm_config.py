@@ -85,6 +85,38 @@ MATRIX_STATE = {
     "mixer/skip": (1, 4),
   },
 }
+NONLINEAR = {
+  "norm/scale": (1, 8),
+  "residual_scale": (1, 8),
+  "mixer/in_proj/kernel": (1, 8, 2, 8),
+  "mixer/x_conv/conv_weight": (1, 4, 8),
+  "mixer/input_proj/kernel": (1, 2, 4, 3, 4),
+  "mixer/gate_bias": (1, 3, 8),
+  "mixer/norm/scale": (1, 8),
+  "mixer/out_proj/kernel": (1, 8, 8),
+}
+NONLINEAR = {
+  "paragru": {**NONLINEAR, "mixer/recurrent_weight": (1, 3, 8)},
+  "paralstm": {
+    **NONLINEAR,
+    "mixer/recurrent_weight": (1, 3, 8),
+    "mixer/peephole_weight": (1, 2, 8),
+  },
+  "gru": {
+    **NONLINEAR,
+    "mixer/recurrent_matrix": (1, 3, 2, 4, 4),
+    "mixer/recurrent_bias": (1, 8),
+  },
+  **{
+    name: {
+      **NONLINEAR,
+      "mixer/input_proj/kernel": (1, 2, 4, gates, 4),
+      "mixer/gate_bias": (1, gates, 8),
+      "mixer/recurrent_matrix": (1, gates, 2, 4, 4),
+    }
+    for name, gates in (("elman", 1), ("lstm", 4), ("slstm", 4))
+  },
+}
 # Checkpoints outlive code: what is listed here may be added to, never renamed.
 PARAMETERS = {
   "embedding": (13, 8),
@@ -129,6 +161,15 @@ def test_parameter_names_and_shapes_of_models_with_a_matrix_state(name):
   assert block == MATRIX_STATE[name]
 
 
+@pytest.mark.parametrize("name", NONLINEAR)
+def test_parameter_names_and_shapes_of_nonlinear_recurrent_networks(name):
+  fields = {name: {"H": 2, "mode": "sequential", "mlp_width": 0}}
+  found = names_and_shapes(lm.make_config(vocab_size=13, D=8, L=1, pattern=(name,), **fields))
+  prefix = f"blocks/0_{name}/"
+  block = {path[len(prefix) :]: shape for path, shape in found.items() if path.startswith(prefix)}
+  assert block == NONLINEAR[name]
+
+
 def test_a_tied_model_has_no_head():
   tied = names_and_shapes(make_config("three", L=9, tied=True))
   assert tied == {name: shape for name, shape in PARAMETERS.items() if "head" not in name}
@@ -166,6 +207,8 @@ def test_the_published_models_have_the_published_sizes(size, count):
       "gated_deltanet": {"implementation": "recurrent", "H": 1, "value_heads": 2, "K": 32},
       "kda": {"implementation": "recurrent", "H": 2, "K": 32},
     },
+    {"pattern": ("paragru", "gru"), "paragru": {"mode": "sequential"}, "gru": {"H": 1}},
+    {"pattern": ("paralstm", "slstm"), "paralstm": {"mode": "sequential", "bare": True}},
   ],
 )
 def test_flops_are_those_that_the_compiler_counts(options):
@@ -196,7 +239,7 @@ def test_flops_grow_with_context_only_up_to_the_window():
   "fields, message",
   [
     ({"width": 3}, "model.width is no field; there are "),
-    ({"pattern": ("lstm",)}, r"model.pattern is \('lstm',\), its names must be among "),
+    ({"pattern": ("perceptron",)}, r"model.pattern is \('perceptron',\), its names must be among "),
     ({"pattern": ()}, r"model.pattern is \(\), its names must be among "),
     ({"L": 3, "pattern": ("mamba", "attention")}, "model.L is 3, must be a multiple of "),
     ({"L": 0}, "model.L is 0, must be at least 1"),
