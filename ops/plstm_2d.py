@@ -12,15 +12,16 @@ dy below, so transitions of 1 explode. Two remedies: P-mode, where what enters a
 D-mode, where nothing turns from left to down (T_dl = 0), so that there is one way to each node and
 |T| <= 1 suffices. Both are `structure`s, which have cheaper forms.
 
-`plstm_2d_scans.py` holds the forms that carry states from node to node, `plstm_2d_dense.py` the one
-of all pairs of nodes, made by the block maps of `plstm_2d_blocks.py`.
+`plstm_2d_scans.py` holds the forms that carry states from node to node; `plstm_2d_dense.py` the one
+of all pairs of nodes and `plstm_2d_chunked.py` the one of blocks, both out of the block maps of
+`plstm_2d_blocks.py`.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ops import dispatch, plstm_2d_dense, plstm_2d_scans
+from ops import dispatch, plstm_2d_chunked, plstm_2d_dense, plstm_2d_scans
 from ops.plstm_2d_scans import Grid
 from ops.precision import state_dtype, varying_like
 
@@ -66,7 +67,9 @@ def plstm_2d(
       0], from left to down, is taken as 0; "merged" (P-mode): what enters from the left and from
       above is treated alike, entry 0 of the last axis of transition and of mark is used for both.
     implementation: "recurrent" (node after node), "wavefront" (anti-diagonal after anti-diagonal),
-      "parallel" (scores of all pairs of nodes), or None.
+      "parallel" (scores of all pairs of nodes), "chunked" (pairs inside blocks, states between
+      them), for their structures also "separable" (down, then along) and "merged" (the wavefront
+      with one state per node), or None.
     chunk_size: side of a block of "chunked"; None chooses.
 
   Returns:
@@ -156,6 +159,13 @@ def _check(q, k, v, source, transition, mark, direct, initial_state, structure, 
     raise ValueError(f"structure is {structure!r}, expected one of {', '.join(STRUCTURES)}")
 
 
+def _only(needed):
+  def supports(*, structure, **arguments):
+    return None if structure == needed else f"structure is {structure!r}, not {needed!r}"
+
+  return supports
+
+
 def _preference(*, q, **arguments):
   return ["parallel", "wavefront"] if q.shape[1] * q.shape[2] <= 1024 else ["wavefront"]
 
@@ -168,6 +178,15 @@ dispatch.declare(
     ),
     "wavefront": dispatch.Implementation(
       plstm_2d_scans.wavefront, dispatch.anything, "Y + X steps, work linear in the nodes"
+    ),
+    "separable": dispatch.Implementation(
+      plstm_2d_scans.separable, _only("separable"), "Y steps, then X steps, no state turns twice"
+    ),
+    "merged": dispatch.Implementation(
+      plstm_2d_scans.merged, _only("merged"), "the wavefront with half of the states"
+    ),
+    "chunked": dispatch.Implementation(
+      plstm_2d_chunked.chunked, dispatch.anything, "pairs inside blocks, states between them"
     ),
     "parallel": dispatch.Implementation(
       plstm_2d_dense.parallel,

@@ -1,7 +1,8 @@
 """What a block of a grid does to its states, as matrices of gates.
 
-A block of y rows and x columns, so of n = y x nodes, row after row, is a linear map from what enters
-at its borders and what its nodes write, to what leaves at its borders and what its nodes read:
+A block of y rows and x columns, so of n = y x nodes, row after row, is a linear map from what
+enters at its borders and what its nodes write, to what leaves at its borders and what its nodes
+read:
 
   node  = node_left l  + node_above u  + node_node s       [n]
   right = right_left l + right_above u + right_node s      [y]

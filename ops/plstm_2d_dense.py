@@ -22,7 +22,7 @@ def parallel(grid, initial_state, *, structure, chunk_size, precision):
 
 
 def _attend(grid, initial_state, *, separable, precision):
-  (B, Y, X, R, H, _), K, V = grid.source.shape, grid.q.shape[-1], grid.v.shape[-1]
+  (B, Y, X, R, H, _), V = grid.source.shape, grid.v.shape[-1]
   product = functools.partial(jnp.einsum, precision=precision)
   in_frames = lambda x: in_frame(x, R).reshape(B * R, Y * X, H, -1)
   gates = jax.tree.map(

@@ -1,7 +1,9 @@
-"""`ops.plstm_2d` with states that are carried from node to node: node after node."""
+"""`ops.plstm_2d` with states that are carried from node to node: one node after the other, one
+anti-diagonal after the other, or, where the structure of the transitions allows it, with less.
+"""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,20 +98,7 @@ def recurrent(grid, left, above, *, structure, chunk_size, precision):
 
 @by_run
 def wavefront(grid, left, above, *, structure, chunk_size, precision):
-  """A scan over anti-diagonals, whose nodes wait only for the one before: at step s the nodes (s -
-  x, x) of all columns x. Every group of about sqrt(Y + X) steps is computed again for the
-  gradients."""
-  Y, X = grid.q.shape[1:3]
-  steps = Y + X - 1
-  group = max(1, round(steps**0.5))
-  padded = -(-steps // group) * group
-  # What enters a column from above waits there, at nodes outside of the grid, for its first node;
-  # what leaves its last one stays.
-  waits = jnp.zeros((2, 2), grid.q.dtype).at[1, 1].set(1)
-  fill = Grid(0, 0, 0, 0, waits, 0)
-  nodes = Grid(*(_skew(x, value, padded) for x, value in zip(grid, fill)))
-  left = jnp.moveaxis(left, 1, 0)
-  left = jnp.pad(left, [(0, padded - Y)] + [(0, 0)] * (left.ndim - 1))
+  """A scan over anti-diagonals, whose nodes wait only for the one before."""
 
   def step(states, token):
     right, above = states
@@ -118,36 +107,110 @@ def wavefront(grid, left, above, *, structure, chunk_size, precision):
     o, right, below = pass_nodes(nodes, left, above)
     return (right, below), (o, right[-1])
 
-  @jax.checkpoint
-  def steps_of_group(states, tokens):
-    return jax.lax.scan(step, states, tokens)
-
-  by_group = lambda x: x.reshape(padded // group, group, *x.shape[1:])
-  above = jnp.moveaxis(above, 1, 0)
+  Y, X = grid.q.shape[1:3]
+  left, above = jnp.moveaxis(left, 1, 0), jnp.moveaxis(above, 1, 0)
   states = (jnp.zeros_like(above), above)
-  (_, below), (o, right) = jax.lax.scan(
-    steps_of_group, states, jax.tree.map(by_group, (nodes, left))
+  (_, below), (o, right) = sweep(step, states, (_diagonals(grid), lengthen(left, Y + X - 1)))
+  return _from_diagonals(o, right, below, Y)
+
+
+@by_run
+def merged(grid, left, above, *, structure, chunk_size, precision):
+  """`wavefront` with the sum of what enters a node as its only state."""
+  widen = lambda gate: gate[..., None, None]
+
+  def step(entering, token):
+    nodes, next_left = token
+    write = nodes.k[..., None] * nodes.v[..., None, :]
+    leave = lambda out: (
+      widen(nodes.transition[..., out, 0]) * entering + widen(nodes.source[..., out]) * write
+    )
+    right, below = leave(0), leave(1)
+    o = jnp.sum((nodes.mark[..., :1] * nodes.q)[..., None] * entering, axis=-2)
+    return below + jnp.concatenate([next_left[None], right[:-1]]), (o, right[-1])
+
+  Y, X = grid.q.shape[1:3]
+  left, above = jnp.moveaxis(left, 1, 0), jnp.moveaxis(above, 1, 0)
+  entering = jnp.concatenate([above[:1] + left[:1], above[1:]])
+  below, (o, right) = sweep(step, entering, (_diagonals(grid), lengthen(left[1:], Y + X - 1)))
+  return _from_diagonals(o, right, below, Y)
+
+
+@by_run
+def separable(grid, left, above, *, structure, chunk_size, precision):
+  """Down all columns first, then along all rows: nothing that goes along a row ever turns."""
+  widen = lambda gate: gate[..., None, None]
+  t, s, m = grid.transition, grid.source, grid.mark
+
+  def down(above, token):
+    k, v, t_du, source_d = token
+    return widen(t_du) * above + widen(source_d) * (k[..., None] * v[..., None, :]), above
+
+  @jax.checkpoint
+  def along(left, token):
+    q, k, v, above, t_rl, t_ru, source_r, mark_l, mark_u = token
+    o = jnp.sum(q[..., None] * (widen(mark_l) * left + widen(mark_u) * above), axis=-2)
+    write = k[..., None] * v[..., None, :]
+    return widen(t_rl) * left + widen(t_ru) * above + widen(source_r) * write, o
+
+  by = lambda axis, arrays: jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), arrays)
+  below, above = jax.lax.scan(down, above, by(1, (grid.k, grid.v, t[..., 1, 1], s[..., 1])))
+  above = jnp.moveaxis(above, 0, 1)
+  right, o = jax.lax.scan(
+    along,
+    left,
+    by(2, (*grid[:3], above, t[..., 0, 0], t[..., 0, 1], s[..., 0], m[..., 0], m[..., 1])),
   )
-  o, right = (x.reshape(padded, *x.shape[2:]) for x in (o, right))
-  right = right[X - 1 : steps]
-  return _unskew(o, Y), (jnp.moveaxis(right, 1, 0), jnp.moveaxis(below, 1, 0))
+  return jnp.moveaxis(o, 0, 2), (right, below)
 
 
-def _skew(x: Array, fill: Array | float, steps: int) -> Array:
-  """x [B Y X ...] as [steps X B ...], with x[:, s - x, x] at [s, x], `fill` outside of the grid."""
-  B, Y, X = x.shape[:3]
-  x = jnp.moveaxis(x, 0, 2)
-  columns = jnp.swapaxes(x, 0, 1)
-  outside = jnp.broadcast_to(jnp.asarray(fill, x.dtype), (X, steps + 1 - Y, *columns.shape[2:]))
-  # One more than the steps for each column: column x starts x steps later.
-  flat = jnp.concatenate([columns, outside], axis=1).reshape(X * (steps + 1), *columns.shape[2:])
-  return jnp.swapaxes(flat[: X * steps].reshape(X, steps, *columns.shape[2:]), 0, 1)
+def sweep(step: Callable, states: Any, tokens: Any) -> tuple[Any, Any]:
+  """`jax.lax.scan` that keeps for the gradients the states before groups of about sqrt(steps) steps
+  and no others."""
+  steps = jax.tree.leaves(tokens)[0].shape[0]
+  group = round(steps**0.5)
+  whole = steps - steps % group
+  scan = jax.checkpoint(lambda states, tokens: jax.lax.scan(step, states, tokens))
+  by_group = jax.tree.map(lambda x: x[:whole].reshape(-1, group, *x.shape[1:]), tokens)
+  states, outputs = jax.lax.scan(scan, states, by_group)
+  outputs = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), outputs)
+  if whole == steps:
+    return states, outputs
+  states, rest = scan(states, jax.tree.map(lambda x: x[whole:], tokens))
+  return states, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, rest)
 
 
-def _unskew(x: Array, Y: int) -> Array:
-  """The inverse of `_skew`: [B Y X ...]."""
-  steps, X = x.shape[:2]
-  flat = jnp.swapaxes(x, 0, 1).reshape(steps * X, *x.shape[2:])
-  flat = jnp.pad(flat, [(0, X)] + [(0, 0)] * (flat.ndim - 1))
-  columns = flat.reshape(X, steps + 1, *x.shape[2:])[:, :Y]
-  return jnp.moveaxis(jnp.swapaxes(columns, 0, 1), 2, 0)
+def lengthen(x: Array, length: int) -> Array:
+  """x with zeros after it along the first axis."""
+  return jnp.pad(x, [(0, length - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+
+
+def skew(x: Array, fill: Array | float) -> Array:
+  """x [B Y X ...] as [Y+X-1 X B ...], with x[:, s - x, x] at [s, x], `fill` outside of the grid."""
+  Y, X = x.shape[1:3]
+  columns = jnp.moveaxis(x, (2, 1), (0, 1))
+  inner = columns.shape[2:]
+  outside = jnp.broadcast_to(jnp.asarray(fill, x.dtype), (X, X, *inner))
+  # A column has one row more than there are steps: each starts one step after the one before.
+  flat = jnp.concatenate([columns, outside], axis=1).reshape(X * (Y + X), *inner)
+  return jnp.swapaxes(flat[: X * (Y + X - 1)].reshape(X, Y + X - 1, *inner), 0, 1)
+
+
+def unskew(x: Array, Y: int) -> Array:
+  """The inverse of `skew`: [B Y X ...]."""
+  steps, X, *inner = x.shape
+  flat = jnp.swapaxes(x, 0, 1).reshape(steps * X, *inner)
+  columns = lengthen(flat, (steps + 1) * X).reshape(X, steps + 1, *inner)
+  return jnp.moveaxis(columns[:, :Y], (0, 1), (2, 1))
+
+
+def _diagonals(grid):
+  # What enters a column from above waits at the nodes outside of the grid for its first node, and
+  # what leaves its last one stays there. Nothing enters them from the left.
+  waits = jnp.zeros((2, 2), grid.q.dtype).at[1].set(1)
+  return Grid(*(skew(x, fill) for x, fill in zip(grid, (0, 0, 0, 0, waits, 0))))
+
+
+def _from_diagonals(o, right, below, Y):
+  X = below.shape[0]
+  return unskew(o, Y), (jnp.moveaxis(right[X - 1 :], 0, 1), jnp.moveaxis(below, 0, 1))
