@@ -22,9 +22,9 @@ from ops.linear_attention import linear_attention as linear_attention
 from ops.linear_attention import linear_attention_step as linear_attention_step
 from ops.linear_scan import linear_scan as linear_scan
 from ops.linear_scan import linear_scan_step as linear_scan_step
-from ops.newton import Report as Report
 from ops.newton import newton_scan as newton_scan
 from ops.newton_cells import Cell as Cell
+from ops.newton_solve import Report as Report
 from ops.normalize import l2_normalize as l2_normalize
 from ops.plstm import plstm_1d as plstm_1d
 from ops.plstm import plstm_1d_step as plstm_1d_step

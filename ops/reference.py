@@ -121,23 +121,24 @@ def plstm_1d(
   """
   scale = q.shape[3] ** -0.5 if scale is None else scale
   tracking = transition.ndim == 5
-  sums = {
-    "write": "hijk,hdj,hvk->hdvi" if tracking else "h,hd,hv->hdv",
-    "keep": "hij,hdvj->hdvi" if tracking else "h,hdv->hdv",
-    "read": "hdq,hoqi,hdvi->hvo" if tracking else "hd,h,hdv->hv",
-    "see": "hdq,hoqkl,hdk,hvl->hvo" if tracking else "hd,h,hd,hv->hv",
-  }
-  total = lambda name, *arrays: jax.vmap(lambda *row: jnp.einsum(sums[name], *row))(*arrays)
 
   def update(C, token):
     q, k, v, source, transition, mark, direct = token
-    o = scale * (total("read", q, mark, C) + total("see", q, direct, k, v))
-    return total("keep", transition, C) + total("write", source, k, v), o
+    if tracking:
+      kv = k[:, :, :, None, :, None] * v[:, :, None, :, None, :]
+      seen = jnp.einsum("bhoqi,bhdvi->bhdvoq", mark, C)
+      seen += jnp.einsum("bhoqkl,bhdvkl->bhdvoq", direct, kv)
+      o = scale * jnp.sum(q[:, :, :, None, None, :] * seen, axis=(2, 5))
+      kept = jnp.einsum("bhij,bhdvj->bhdvi", transition, C)
+      return kept + jnp.einsum("bhikl,bhdvkl->bhdvi", source, kv), o
+    kv = k[..., None] * v[:, :, None]
+    source, transition, mark, direct = (x[..., None, None] for x in token[3:])
+    o = scale * jnp.sum(q[..., None] * (mark * C + direct * kv), axis=2)
+    return transition * C + source * kv, o
 
   if initial_state is None:
     B, _, H, K = k.shape[:4]
-    copies = transition.shape[4:]
-    initial_state = jnp.zeros((B, H, K, v.shape[3], *copies), v.dtype)
+    initial_state = jnp.zeros((B, H, K, v.shape[3], *transition.shape[4:]), v.dtype)
   tokens = (q, k, v, source, transition, mark, direct)
   return _loop(update, initial_state, tokens, segment_ids, reverse)
 

@@ -74,6 +74,14 @@ def _log_decays(rng, shape):
   return -rng.permuted(np.resize(RATES, shape), axis=1) * rng.uniform(0.5, 1.5, size=shape)
 
 
+def _transitions(rng, shape):
+  """Of any sign, and zero: matrices of a norm near 1 where there are two axes of copies."""
+  if len(shape) == 3:
+    return rng.choice([-1.0, -0.5, 0.0, 0.3, 1.0], size=shape)
+  none = rng.choice([0.0, 1.0], p=[0.2, 0.8], size=(*shape[:3], 1, 1))
+  return none * rng.normal(size=shape) / (2 * shape[-1] ** 0.5)
+
+
 def _selective_step(state, token, others):
   skip = {name: others[name] for name in ("A", "D")}
   return ops.selective_scan_step(state, **token, **skip)
@@ -87,6 +95,14 @@ _scan = dict(
   shapes={"a": "B T D", "b": "B T D", "initial_state": "B D"},
   sizes={"D": 6},
   carries="b",
+)
+
+_plstm = dict(
+  op=ops.plstm_1d,
+  step=lambda state, token, others: ops.plstm_1d_step(state, **token),
+  oracle=reference.plstm_1d,
+  carries="v",
+  draw={"transition": _transitions},
 )
 
 ROWS = [
@@ -201,6 +217,40 @@ ROWS = [
       "g": _log_decays,
       "beta": lambda rng, shape: rng.uniform(0.0, 2.0, size=shape),
     },
+  ),
+  Row(
+    "plstm_1d",
+    implementations=("chunked",),
+    shapes={
+      "q": "B T H K",
+      "k": "B T H K",
+      "v": "B T H V",
+      "source": "B T H",
+      "transition": "B T H",
+      "mark": "B T H",
+      "direct": "B T H",
+      "initial_state": "B H K V",
+    },
+    sizes={"H": 2, "K": 3, "V": 4},
+    lengths={"chunked": FEW_LENGTHS},
+    **_plstm,
+  ),
+  Row(
+    "plstm_1d_tracking",
+    implementations=("chunked",),
+    shapes={
+      "q": "B T H K Jq",
+      "k": "B T H K Jk",
+      "v": "B T H V Jv",
+      "source": "B T H J Jk Jv",
+      "transition": "B T H J J",
+      "mark": "B T H Jv Jq J",  # as many outputs as values, to take their place
+      "direct": "B T H Jv Jq Jk Jv",
+      "initial_state": "B H K V J",
+    },
+    sizes={"H": 2, "K": 3, "V": 4, "J": 3, "Jq": 2, "Jk": 1, "Jv": 2},
+    lengths={"chunked": (257,)},
+    **_plstm,
   ),
 ]
 
