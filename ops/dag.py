@@ -165,7 +165,7 @@ def multitree(graph: Graph | tuple) -> Graph:
   laid = _lay_out(graph, "graph", True)
   ancestors = [1 << edge for edge in range(len(laid.edges))]  # sets of edges, themselves included
   kept = []
-  for a, b in laid.lines:
+  for a, b in laid.lines.tolist():
     if not ancestors[a] & ancestors[b]:
       ancestors[b] |= ancestors[a]
       kept.append((a, b))
@@ -191,28 +191,40 @@ class _Laid(NamedTuple):
 
 def _lay_out(graph: Graph, name: str, parallel_edges: bool) -> _Laid:
   edges = _edges(graph.nodes, graph.edges, name)
+  pairs = edges.tolist()  # for graphs of tens of edges lists are faster than arrays
   if not parallel_edges:
-    _, first, count = np.unique(edges, axis=0, return_index=True, return_counts=True)
-    if (count > 1).any():
-      tail, head = edges[first[count > 1][0]]
+    twice = _repeated(pairs)
+    if twice:
       raise ValueError(
-        f"{name} has two edges {tail} -> {head}; parallel_edges=True allows parallel edges"
+        f"{name} has two edges {twice[0]} -> {twice[1]}; parallel_edges=True allows parallel edges"
       )
-  rank = _topological_ranks(graph.nodes, edges, name)
-  if graph.line_edges is None:
-    leaving = [[] for _ in range(graph.nodes)]
-    for edge, tail in enumerate(edges[:, 0]):
-      leaving[tail].append(edge)
-    lines = [(a, b) for a, head in enumerate(edges[:, 1]) for b in leaving[head]]
-    lines = np.array(lines, np.int32).reshape(-1, 2)
-  else:
-    lines = _line_edges(edges, graph.line_edges, name)
+  order = _topological_order(graph.nodes, pairs, name)
   # Line edges in the order of the node they pass; then by the edges' numbers.
-  lines = lines[np.lexsort((lines[:, 0], lines[:, 1], rank[edges[lines[:, 0], 1]]))]
-  reached = np.zeros(len(edges), np.int32)
+  if graph.line_edges is None:
+    entering, leaving = ([[] for _ in range(graph.nodes)] for _ in range(2))
+    for edge, (tail, head) in enumerate(pairs):
+      leaving[tail].append(edge)
+      entering[head].append(edge)
+    lines = [(a, b) for node in order for b in leaving[node] for a in entering[node]]
+  else:
+    lines = _line_edges(pairs, graph.line_edges, name)
+    rank = {node: i for i, node in enumerate(order)}
+    lines.sort(key=lambda line: (rank[pairs[line[1]][0]], line[1], line[0]))
+  level = [0] * len(pairs)
   for a, b in lines:
-    reached[b] = max(reached[b], reached[a] + 1)
-  return _Laid(edges, lines, reached[lines[:, 1]])
+    level[b] = max(level[b], level[a] + 1)
+  level_of_line = np.array([level[b] for _, b in lines], np.int32)
+  return _Laid(edges, np.array(lines, np.int32).reshape(-1, 2), level_of_line)
+
+
+def _repeated(pairs) -> list[int] | None:
+  """The first pair that has been there before."""
+  seen = set()
+  for first, second in pairs:
+    if (first, second) in seen:
+      return [first, second]
+    seen.add((first, second))
+  return None
 
 
 def _edges(nodes, edges, name) -> np.ndarray:
@@ -225,17 +237,16 @@ def _edges(nodes, edges, name) -> np.ndarray:
   return edges
 
 
-def _line_edges(edges, line_edges, name) -> np.ndarray:
-  lines = _pairs(line_edges, len(edges), f"{name}: line edge", "edge")
-  if len(np.unique(lines, axis=0)) < len(lines):
+def _line_edges(edges, line_edges, name) -> list[list[int]]:
+  lines = _pairs(line_edges, len(edges), f"{name}: line edge", "edge").tolist()
+  if _repeated(lines):
     raise ValueError(f"{name} has the same line edge twice")
-  apart = np.flatnonzero(edges[lines[:, 0], 1] != edges[lines[:, 1], 0])
-  if len(apart):
-    a, b = lines[apart[0]]
-    raise ValueError(
-      f"{name}: line edge {apart[0]} leads from edge {a}, which enters node {edges[a, 1]}, to edge "
-      f"{b}, which leaves node {edges[b, 0]}"
-    )
+  for i, (a, b) in enumerate(lines):
+    if edges[a][1] != edges[b][0]:
+      raise ValueError(
+        f"{name}: line edge {i} leads from edge {a}, which enters node {edges[a][1]}, to edge {b},"
+        f" which leaves node {edges[b][0]}"
+      )
   return lines
 
 
@@ -255,36 +266,33 @@ def _pairs(pairs, limit, name, what) -> np.ndarray:
   return pairs.astype(np.int32)
 
 
-def _topological_ranks(nodes, edges, name) -> np.ndarray:
-  """A number for each node, greater at an edge's head than at its tail."""
+def _topological_order(nodes, edges, name) -> list[int]:
+  """The nodes, each after all from which an edge leads to it."""
   after: list[list[int]] = [[] for _ in range(nodes)]
-  for tail, head in edges.tolist():
+  entering = [0] * nodes
+  for tail, head in edges:
     after[tail].append(head)
-  entering = np.bincount(edges[:, 1], minlength=nodes)
-  ready = np.flatnonzero(entering == 0).tolist()
-  for node in ready:  # grows meanwhile
+    entering[head] += 1
+  order = [node for node in range(nodes) if not entering[node]]
+  for node in order:  # grows meanwhile
     for head in after[node]:
       entering[head] -= 1
-      if entering[head] == 0:
-        ready.append(head)
-  if len(ready) < nodes:
-    edge = _edge_on_cycle(edges, entering > 0)
+      if not entering[head]:
+        order.append(head)
+  if len(order) < nodes:
+    edge = _edge_on_cycle(edges, [count > 0 for count in entering])
     tail, head = edges[edge]
     raise ValueError(f"{name}: edge {edge}, {tail} -> {head}, lies on a cycle")
-  rank = np.empty(nodes, np.int32)
-  rank[ready] = np.arange(nodes)
-  return rank
+  return order
 
 
 def _edge_on_cycle(edges, left) -> int:
   """An edge on a cycle, where an edge from a node of `left` enters every node of `left`."""
-  before = {
-    head: edge for edge, (tail, head) in enumerate(edges.tolist()) if left[tail] and left[head]
-  }
-  node, seen = int(np.flatnonzero(left)[0]), set()
+  before = {head: edge for edge, (tail, head) in enumerate(edges) if left[tail] and left[head]}
+  node, seen = left.index(True), set()
   while node not in seen:
     seen.add(node)
-    node = int(edges[before[node], 0])
+    node = edges[before[node]][0]
   return before[node]
 
 
