@@ -125,7 +125,8 @@ def _chunks(precision, state, tokens):
   sources = _masked(block.sent, outer(jnp.swapaxes(block.source, -1, -2), k))
   marks = _masked(block.reached, outer(block.mark, q))
   merge = lambda x: x.reshape(*x.shape[:-2], -1)  # copies and keys
-  writes = contract("nbhsi,nbhsv->nbhiv", merge(sources), v, precision)
+  # Also v, for 0 times what overflows in a later document is not 0 on the way back.
+  writes = contract("nbhsi,nbhsv->nbhiv", merge(sources), _masked(block.sent, v), precision)
   writes = writes.reshape(*writes.shape[:3], *state.shape[2:])
 
   def step(state, chunk):
