@@ -9,7 +9,9 @@ from ops.plstm_2d_blocks import Gates, block_maps, split_gates
 from ops.plstm_2d_scans import by_run, lengthen, skew, sweep, unskew
 
 # The gates of a node that lets everything pass straight.
-NEUTRAL = Gates(source_r=0, source_d=0, t_rl=1, t_ru=0, t_dl=0, t_du=1, mark_l=0, mark_u=0)
+NEUTRAL = Gates(
+  source_r=0.0, source_d=0.0, t_rl=1.0, t_ru=0.0, t_dl=0.0, t_du=1.0, mark_l=0.0, mark_u=0.0
+)
 
 
 @by_run
@@ -72,7 +74,7 @@ def chunked(grid, left, above, *, structure, chunk_size, precision):
     step,
     (jnp.zeros_like(above), above),
     (
-      (skew(on_grid(across), straight), skew(on_grid(written), 0)),
+      (skew(on_grid(across), straight), skew(on_grid(written), 0.0)),
       lengthen(borders(left, rows), rows + columns - 1),
     ),
   )

@@ -208,7 +208,7 @@ def _diagonals(grid):
   # What enters a column from above waits at the nodes outside of the grid for its first node, and
   # what leaves its last one stays there. Nothing enters them from the left.
   waits = jnp.zeros((2, 2), grid.q.dtype).at[1].set(1)
-  return Grid(*(skew(x, fill) for x, fill in zip(grid, (0, 0, 0, 0, waits, 0))))
+  return Grid(*(skew(x, fill) for x, fill in zip(grid, (0.0, 0.0, 0.0, 0.0, waits, 0.0))))
 
 
 def _from_diagonals(o, right, below, Y):
