@@ -1,9 +1,9 @@
 """h_t = A_t h_{t-1} + b_t for affine maps of every kind, in chunks of tokens that lie side by side.
 
-Arrays are folded from [B T ...] to [C N B ...]: token t is number i = t mod C of chunk n = t // C,
-so that one step of a loop over C works on N whole rows of all chunks at once. Whoever needs many
-scans of one length folds once. Three loops make a scan: the map of each chunk as a whole, the
-states between chunks, and the states within. No product of more than C transitions is ever formed.
+Time comes first and is cut into windows [S W B ...]. A window is solved in N chunks of C tokens:
+one step of a loop over C works on N rows, one of every chunk. Three loops make a scan: the map of
+each chunk as a whole, the states between chunks, the states within. No product of more than C
+transitions is ever formed.
 """
 
 from typing import NamedTuple
@@ -14,55 +14,64 @@ from jaxtyping import Array, Bool
 
 from ops import affine, dispatch
 from ops.precision import varying_like
+from ops.segments import where_mask
+
+CACHED = 2**17  # numbers per array that a CPU caches along with the others of a solution
 
 
-class Fold(NamedTuple):
-  """How T tokens lie: N chunks of C, the last one filled up."""
+class Plan(NamedTuple):
+  """How T tokens lie: S windows of N chunks of C, the last ones filled up."""
 
   T: int
-  C: int
+  S: int
   N: int
+  C: int
 
   @property
   def filled(self) -> bool:
     """Whether there are tokens that nobody gave."""
-    return self.C * self.N != self.T
+    return self.S * self.N * self.C != self.T
 
 
-def choose_fold(T: int) -> Fold:
-  """One chunk of everything where an associative scan is best, else a balance of the loops."""
-  C = T if dispatch.platform() == "gpu" else min(T, max(8, 1 << (T.bit_length() // 2)))
-  return Fold(T, C, -(-T // C))
+def choose_plan(T: int, size: int, window: int | None = None) -> Plan:
+  """For T tokens of `size` numbers each, in windows of at least `window` if that is given.
+
+  On a CPU a window is what its cache holds, and chunks balance the loops; on a GPU there is one
+  chunk, of everything, for an associative scan.
+  """
+  if window is None:
+    window = max(256, CACHED // size) if dispatch.platform() == "cpu" else T
+  S = -(-T // window)
+  W = -(-T // S)
+  C = W if dispatch.platform() == "gpu" else min(W, max(8, 1 << (W.bit_length() // 2)))
+  return Plan(T, S, -(-W // C), C)
 
 
-def fold(x: Array, plan: Fold, *, edge: bool = False) -> Array:
-  """[B T ...] as [C N B ...], filled up with zeros, or with the last token again where `edge`."""
-  fill = ((0, 0), (0, plan.C * plan.N - plan.T)) + ((0, 0),) * (x.ndim - 2)
+def to_windows(x: Array, plan: Plan, *, edge: bool = False) -> Array:
+  """[B T ...] as [S W B ...], filled up with zeros, or with the last token again where `edge`."""
+  x = jnp.moveaxis(x, 1, 0)
   if plan.filled:
+    fill = ((0, plan.S * plan.N * plan.C - plan.T),) + ((0, 0),) * (x.ndim - 1)
     x = jnp.pad(x, fill, mode="edge" if edge else "constant")
-  x = x.reshape(x.shape[0], plan.N, plan.C, *x.shape[2:])
-  return x.transpose(2, 1, 0, *range(3, x.ndim))
+  return x.reshape(plan.S, plan.N * plan.C, *x.shape[1:])
 
 
-def unfold(x: Array, plan: Fold) -> Array:
-  """[C N B ...] as [B T ...]."""
-  x = x.transpose(2, 1, 0, *range(3, x.ndim))
-  return x.reshape(x.shape[0], plan.C * plan.N, *x.shape[3:])[:, : plan.T]
+def from_windows(x: Array, plan: Plan) -> Array:
+  """[S W B ...] as [B T ...]."""
+  return jnp.moveaxis(x.reshape(-1, *x.shape[2:])[: plan.T], 0, 1)
 
 
-def before(h: Array, state: Array, start: Bool[Array, "C N B"] | None) -> Array:
-  """The states before each token: those of the token to the left, `state` [B ...] before the
-  first, zero at a `start`."""
-  first = jnp.concatenate([state[None], h[-1, :-1]])
-  h = jnp.concatenate([first[None], h[:-1]])
-  if start is None:
-    return h
-  return jnp.where(start.reshape(start.shape + (1,) * (h.ndim - 3)), jnp.zeros_like(h), h)
+def before(h: Array, state: Array, start: Bool[Array, "W B"] | None) -> Array:
+  """The states before each token of a window: those of the token to the left, `state` [B ...]
+  before the first, zero at a `start`."""
+  h = jnp.concatenate([state[None], h[:-1]])
+  return h if start is None else where_mask(~start, h)
 
 
 def affine_scan(
   elements: affine.Affine,
   state: Array,
+  C: int,
   *,
   reverse: bool = False,
   incoming: bool = False,
@@ -71,50 +80,74 @@ def affine_scan(
   """All states of h_t = A_t h_{t-1} + b_t.
 
   Args:
-    elements: folded maps, [C N B ...].
+    elements: the maps of a window, [W B ...].
     state: [B ...], before the first token, or after the last where `reverse`.
+    C: tokens per chunk, which divides W.
     reverse: from the right: h_t = A_t h_{t+1} + b_t.
     incoming: return the states that go into the maps, not those that come out.
     **kind: of the maps, as in `ops.affine`.
 
   Returns:
-    The states, folded, and the last one [B ...].
+    The states [W B ...], and the last one [B ...].
   """
   state = varying_like(state, *elements)
   with jax.default_matmul_precision("highest"):
     if dispatch.platform() == "gpu":
       return _associative(elements, state, reverse, incoming, kind)
-    if elements.input.shape[1] == 1:
-      last, h = _loop(elements, state[None], reverse, incoming, kind)
-      return h, last[0]
-    last, between = _loop(_whole(elements, reverse, kind), state, reverse, True, kind)
-    return _loop(elements, between, reverse, incoming, kind)[1], last
+    W = elements.input.shape[0]
+    chunks = jax.tree.map(lambda x: x.reshape(W // C, C, *x.shape[1:]), elements)
+    if C == W:
+      last, between = None, state[None]
+    else:
+      last, between = _between(_whole(chunks, reverse, kind), state, reverse, kind)
+    h, ends = _within(chunks, between, reverse, incoming, kind)
+    return h.reshape(elements.input.shape), ends[0] if last is None else last
 
 
-def _whole(elements, reverse, kind):
+def _at(i, C, reverse):
+  return C - 1 - i if reverse else i
+
+
+def _whole(chunks, reverse, kind):
   """The map of each chunk, [N B ...]."""
-  first = affine.identity(jax.tree.map(lambda x: x[0], elements), **kind)
-  step = lambda whole, element: (affine.compose(whole, element, **kind), None)
-  return jax.lax.scan(step, first, elements, reverse=reverse)[0]
+  C = chunks.input.shape[1]
+
+  def step(i, whole):
+    pick = lambda x: jax.lax.dynamic_index_in_dim(x, _at(i, C, reverse), 1, keepdims=False)
+    return affine.compose(whole, jax.tree.map(pick, chunks), **kind)
+
+  first = affine.identity(jax.tree.map(lambda x: x[:, 0], chunks), **kind)
+  return jax.lax.fori_loop(0, C, step, first)
 
 
-def _loop(elements, state, reverse, incoming, kind):
-  """One map after the other along the first axis: the last state, and all of them."""
+def _between(whole, state, reverse, kind):
+  """The last state of all, and those before each chunk, [N B ...]."""
+  step = lambda h, element: (affine.apply(element, h, **kind), h)
+  return jax.lax.scan(step, state, whole, reverse=reverse)
 
-  def step(h, element):
-    after = affine.apply(element, h, **kind)
-    return after, h if incoming else after
 
-  return jax.lax.scan(step, state, elements, reverse=reverse)
+def _within(chunks, between, reverse, incoming, kind):
+  """All states [N C B ...] of chunks that begin at `between`, and each chunk's last."""
+  C = chunks.input.shape[1]
+
+  def step(i, carry):
+    h, states = carry
+    at = _at(i, C, reverse)
+    pick = lambda x: jax.lax.dynamic_index_in_dim(x, at, 1, keepdims=False)
+    after = affine.apply(jax.tree.map(pick, chunks), h, **kind)
+    put = h if incoming else after
+    return after, jax.lax.dynamic_update_index_in_dim(states, put, at, 1)
+
+  ends, h = jax.lax.fori_loop(0, C, step, (between, jnp.zeros_like(chunks.input)))
+  return h, ends
 
 
 def _associative(elements, state, reverse, incoming, kind):
-  """In log T steps, for one chunk of all tokens (N = 1)."""
+  """In log W steps, each over everything."""
   compose = lambda earlier, later: affine.compose(earlier, later, **kind)
   prefix = jax.lax.associative_scan(compose, elements, reverse=reverse)
   h = affine.apply(prefix, jnp.broadcast_to(state, elements.input.shape), **kind)
-  last = h[0, 0] if reverse else h[-1, 0]
+  last = h[0] if reverse else h[-1]
   if incoming:
-    edge = state[None, None]
-    h = jnp.concatenate([h[1:], edge] if reverse else [edge, h[:-1]])
+    h = jnp.concatenate([h[1:], state[None]] if reverse else [state[None], h[:-1]])
   return h, last

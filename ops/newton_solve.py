@@ -1,0 +1,230 @@
+"""Nonlinear recurrences h_t = f(h_{t-1}, x_t), solved for all t at once by Newton's method.
+
+The states of all tokens are one unknown; at an iterate h, with J_t = df/dh at (h_{t-1}, x_t), its
+increment solves a linear recurrence, which runs in parallel over time:
+
+  d_t = J_t d_{t-1} + f(h_{t-1}, x_t) - h_t,    d_{-1} = 0,    h_t <- h_t + d_t
+
+After k iterations the first k states are exact whatever the guess, and near the solution the error
+is squared each time. But where products of Jacobians grow over long stretches, iterates wander far
+before they settle; they are clipped to the box in which the cell keeps its states, which moves no
+solution. The gradient is that of the recurrence at the states returned, by one linear recurrence
+from the right with transposed exact Jacobians:
+
+  l_t = g_t + J_{t+1}^T l_{t+1},    (dparams, dx_t) = VJP of f at (h_{t-1}, x_t) of l_t
+
+Lim et al. 2024 (DEER, arXiv:2309.12252), Danieli et al. 2025 (ParaRNN, arXiv:2510.21450).
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ops import affine
+from ops.affine_scan import affine_scan, before, from_windows, to_windows
+from ops.newton_cells import KINDS, product, transpose, unit, value_and_jacobian
+from ops.precision import varying_like
+from ops.segments import where_mask
+
+
+class Report(NamedTuple):
+  """How well the states returned solve the recurrence."""
+
+  residual: Float[Array, ""]  # of Newton's states: max |h_t - f(h_{t-1}, x_t)| over batch and time
+  iterations: Int[Array, ""]  # done; the most of any window
+  fell_back: Bool[Array, ""]  # whether the states are those of the sequential scan
+
+
+class Options(NamedTuple):
+  """What is static in a solution; see `newton_scan`."""
+
+  iterations: int
+  tolerance: float | None
+  method: str
+  damping: float
+  relaxation: float
+  window: int | None
+  policy: str
+  limit: float
+
+
+class Tokens(NamedTuple):
+  """What a recurrence reads: [B T ...] or folded."""
+
+  x: Any
+  real: Bool[Array, "..."] | None  # False leaves the state as it is
+  start: Bool[Array, "..."] | None  # the state is zero before it
+
+
+def recurrent(cell, options, params, tokens, state):
+  """One token after the other; autodiff goes through the loop."""
+
+  def step(h, token):
+    previous = h if token.start is None else where_mask(~token.start, h)
+    new = cell.step(params, previous, token.x)
+    new = new if token.real is None else jnp.where(_align(token.real, h), new, h)
+    return new, new
+
+  by_time = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), tokens)
+  h = jnp.moveaxis(jax.lax.scan(step, state, by_time)[1], 0, 1)
+  return h, Report(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+
+
+def _align(mask, like):
+  return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def solve(cell, options, plan, params, tokens, state):
+  """All states [S W B ...] and a `Report`; under "fallback" the loop's where Newton's are bad."""
+  limits = cell.limits(state)
+
+  def step(state, window):
+    h, residual, count = _newton(cell, options, plan, limits, params, window, state)
+    return h[-1], (h, residual, count)
+
+  _, (h, residuals, counts) = jax.lax.scan(step, state, tokens)
+  residual, fell_back = jnp.max(residuals), jnp.zeros((), bool)
+  if options.policy == "fallback":
+    fell_back = ~(residual <= options.limit)
+    h = jax.lax.cond(
+      fell_back, lambda: _loop(cell, options, plan, params, tokens, state), lambda: h
+    )
+  return h, Report(residual.astype(jnp.float32), jnp.max(counts), fell_back)
+
+
+def _loop(cell, options, plan, params, tokens, state):
+  by_row = jax.tree.map(lambda leaf: from_windows(leaf, plan), tokens)
+  return to_windows(recurrent(cell, options, params, by_row, state)[0], plan, edge=True)
+
+
+def _solve_forward(cell, options, plan, params, tokens, state):
+  h, result = solve(cell, options, plan, params, tokens, state)
+  return (h, result), (params, tokens, state, h)
+
+
+def _solve_backward(cell, options, plan, residuals, cotangents):
+  params, tokens, state, h = residuals
+  states = jnp.concatenate([state[None], h[:-1, -1]])  # before each window
+
+  def step(carry, window):
+    from_right, d_params = carry
+    tokens, state, h, g = window
+    previous = before(h, state, tokens.start)
+    from_right, more, d_x = _adjoint(cell, plan, params, tokens, previous, g, from_right)
+    return (from_right, jax.tree.map(jnp.add, d_params, more)), d_x
+
+  nothing = jax.tree.map(jnp.zeros_like, _floating(params))
+  (d_state, d_params), d_x = jax.lax.scan(
+    step, (jnp.zeros_like(state), nothing), (tokens, states, h, cotangents[0]), reverse=True
+  )
+  return d_params, Tokens(d_x, None, None), d_state
+
+
+solve.defvjp(_solve_forward, _solve_backward)
+
+
+def _adjoint(cell, plan, params, tokens, previous, g, from_right):
+  """What a window sends to the state before it, to the parameters and to its x."""
+  J = transpose(cell, _jacobian(cell, params, previous, tokens)[1])
+  elements = affine.Affine(J, product(cell, J, g))
+  if tokens.start is not None:
+    elements = affine.reset(elements, tokens.start)
+    elements = elements._replace(input=where_mask(~tokens.start, elements.input))
+  incoming, to_left = _scan_linear(cell, plan, elements, from_right, reverse=True, incoming=True)
+  l = g + incoming
+  l = l if tokens.real is None else where_mask(tokens.real, l)
+
+  def local(d_params, d_x):
+    return cell.step(_filled_in(d_params, params), previous, _filled_in(d_x, tokens.x))
+
+  return to_left, *jax.vjp(local, _floating(params), _floating(tokens.x))[1](l)
+
+
+def _floating(tree):
+  """`tree` with None in place of what is not floating, and so has no cotangent."""
+  is_floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+  return jax.tree.map(lambda leaf: leaf if is_floating(leaf) else None, tree)
+
+
+def _filled_in(floating, tree):
+  return jax.tree.map(
+    lambda given, leaf: leaf if given is None else given,
+    floating,
+    tree,
+    is_leaf=lambda g: g is None,
+  )
+
+
+def _newton(cell, options, plan, limits, params, tokens, state):
+  """Newton's states in a window, their residual, and the iterations made."""
+  clip = lambda h: h if limits is None else jnp.clip(h, -limits, limits)
+  shape = (*jax.tree.leaves(tokens.x)[0].shape[:2], *state.shape[1:])
+  guess = clip(cell.step(params, jnp.zeros(shape, state.dtype), tokens.x))
+  guess = varying_like(guess, state)
+  if tokens.real is not None:
+    guess = where_mask(tokens.real, guess)
+
+  def residual(h):
+    return jnp.max(jnp.abs(_value(cell, params, before(h, state, tokens.start), tokens) - h))
+
+  def iterate(h):
+    h = h + options.relaxation * _increment(cell, options, plan, params, tokens, state, h)
+    return clip(jnp.where(jnp.isfinite(h), h, guess))
+
+  if options.tolerance is None:
+    h = jax.lax.fori_loop(0, options.iterations, lambda _, h: iterate(h), guess)
+    return h, residual(h), jnp.asarray(options.iterations, jnp.int32)
+
+  def unfinished(carry):
+    _, error, count = carry
+    return (count < options.iterations) & ~(error <= options.tolerance)
+
+  def advance(carry):
+    h = iterate(carry[0])
+    return h, residual(h), carry[2] + 1
+
+  first = guess, residual(guess), jnp.zeros((), jnp.int32)
+  return jax.lax.while_loop(unfinished, advance, first)
+
+
+def _increment(cell, options, plan, params, tokens, state, h):
+  """The solution of d_t = A_t d_{t-1} + f(h_{t-1}, x_t) - h_t."""
+  previous = before(h, state, tokens.start)
+  if options.method == "jacobi":
+    return _value(cell, params, previous, tokens) - h
+  diagonal = options.method == "quasi"
+  f, A = _jacobian(cell, params, previous, tokens, diagonal=diagonal, own=True)
+  # What comes before the first token is given: nothing multiplies it, were it inf or NaN.
+  A = ((1 - options.damping) * A).at[0].set(0)
+  elements = affine.Affine(A, f - h)
+  if tokens.start is not None:
+    elements = affine.reset(elements, tokens.start)
+  return _scan_linear(cell, plan, elements, jnp.zeros_like(state), diagonal=diagonal)[0]
+
+
+def _scan_linear(cell, plan, elements, state, *, diagonal=False, **options):
+  kind = {} if diagonal else KINDS[cell.structure]
+  if kind != KINDS["dense"]:
+    return affine_scan(elements, state, plan.C, **kind, **options)
+  elements = elements._replace(input=elements.input[..., None])
+  h, last = affine_scan(elements, state[..., None], plan.C, **kind, **options)
+  return h[..., 0], last[..., 0]
+
+
+def _value(cell, params, previous, tokens):
+  f = cell.step(params, previous, tokens.x)
+  return f if tokens.real is None else jnp.where(_align(tokens.real, f), f, previous)
+
+
+def _jacobian(cell, params, previous, tokens, **options):
+  """Values and Jacobians; padding is the map h' = h."""
+  f, J = value_and_jacobian(cell, params, previous, tokens.x, **options)
+  if tokens.real is None:
+    return f, J
+  identity = unit(cell, J) if not options.get("diagonal") else jnp.ones((), J.dtype)
+  real = tokens.real
+  return jnp.where(_align(real, f), f, previous), jnp.where(_align(real, J), J, identity)
