@@ -180,7 +180,13 @@ def chain_batch(seed, count=32):
 
 def test_it_learns_whether_two_nodes_are_connected():
   config = plstm_graph.Config(
-    features=2, D=32, L=2, mlp_width=64, pattern=("plstm_p", "plstm_d_reversed"), gate_scale=1.0
+    features=2,
+    D=16,
+    L=2,
+    H=2,
+    mlp_width=32,
+    pattern=("plstm_p", "plstm_d_reversed"),
+    gate_scale=1.0,
   )
   optimizer = optax.adam(3e-3)
 
@@ -199,7 +205,7 @@ def test_it_learns_whether_two_nodes_are_connected():
       updates, state = optimizer.update(gradient, state)
       return (optax.apply_updates(params, updates), state), accuracy
 
-    return jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(600))
+    return jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(300))
 
   stack = lambda batches: jax.tree.map(lambda *x: jnp.stack(x), *batches)
   start = jax.jit(functools.partial(plstm_graph.init, config))(jax.random.key(0))
