@@ -64,6 +64,7 @@ def get_config(arg=None):
   model.deltanet = _deltanet()
   model.gated_deltanet = _gated_deltanet("scalar", H=6, K=256, expand_v=2.0)
   model.kda = _gated_deltanet("vector", H=16, K=128, expand_v=1.0)
+  model.plstm = _plstm()
   model.paragru = _pararnn("paragru")
   model.paralstm = _pararnn("paralstm")
   model.elman = _pararnn("elman")
@@ -296,6 +297,26 @@ def _pararnn(cell, memory_bias_min=0.0, memory_bias_max=0.0):
   return pararnn
 
 
+def _plstm():
+  plstm = _recurrent(None)
+  plstm.H = 4  # heads
+  plstm.K = config_dict.placeholder(int)  # width of a head of q and k; None is D / H
+  plstm.J = 1  # copies of the state that transitions mix; 1 is a number for each head
+  plstm.W = 4  # width of the convolution before gates, q and k, tokens; 0 leaves it out
+  plstm.gate_activation = "sigmoid"  # of source, mark and direct: sigmoid, tanh or identity
+  plstm.transition_activation = "tanh"  # of transitions: tanh (of any sign) or sigmoid (decays)
+  plstm.transition_scale = 5.0  # multiplies transitions before their activation
+  plstm.source_bias = -1.0  # initial bias of sources
+  plstm.mark_bias = -1.0  # initial bias of marks
+  plstm.direct_bias = -1.0  # initial bias of direct gates
+  plstm.transition_bias = 0.4  # initial bias of transitions, mean over heads
+  plstm.transition_spread = 0.0  # transitions' biases of heads lie this far about their mean
+  plstm.gate_std = 0.02  # of the initial weights of gates
+  plstm.passthrough = True  # adds what gates see to the normed output, by a learnt scale
+  plstm.norm_epsilon = 1e-5  # of the norm of the output
+  return plstm
+
+
 def variant(config, arg, **others):
   """`config` as it is for no argument, shrunk for `tiny`, or changed by `others[arg]`.
 
@@ -329,7 +350,7 @@ def _tiny(config):
   config.model.dtype = "float32"
   config.model.mamba.N = 4
   config.model.mamba2.P = config.model.mamba2.N = 8
-  for name in ("gla", "retnet", "deltanet", "gated_deltanet", "kda"):
+  for name in ("gla", "retnet", "deltanet", "gated_deltanet", "kda", "plstm"):
     config.model[name].H = 2
     config.model[name].mlp_width = 64
   for name in ("paragru", "paralstm", "elman", "gru", "lstm", "slstm"):

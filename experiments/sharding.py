@@ -31,6 +31,8 @@ PARAMETER_RULES = (
   (r"/(query|key|value)_proj/bias$", P(None, "tensor", None)),
   (r"/(query|key|value)_heads/kernel$", P(None, "tensor", None, None)),
   (r"/(query|key|value)_heads/bias$", P(None, "tensor", None)),
+  (r"_plstm/mixer/[a-z]+_gate/kernel$", P(None, "fsdp", "tensor", None)),
+  (r"_plstm/mixer/[a-z]+_gate/bias$", P(None, "tensor", None)),
   (r"/(source|transition|mark|angle|direct)_gate/(kernel|bias)$", P()),
   (r"/up_proj/kernel$", P(None, "fsdp", "tensor")),
   (r"/up_proj/bias$", P(None, "tensor")),

@@ -31,6 +31,7 @@ from lm_models import (
   mamba,
   mamba2,
   pararnn,
+  plstm,
   retnet,
 )
 
@@ -43,6 +44,7 @@ MIXERS = {
   "deltanet": (deltanet, {}),
   "gated_deltanet": (gated_deltanet, {}),
   "kda": (gated_deltanet, {"decay": "vector", "H": 16, "K": 128, "expand_v": 1.0}),
+  "plstm": (plstm, {}),
   "paragru": (pararnn, {}),
   "paralstm": (pararnn, {"cell": "paralstm"}),
   "elman": (pararnn, {"cell": "elman"}),

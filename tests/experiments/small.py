@@ -22,7 +22,7 @@ def make_config(pattern=("mamba",), **fields):
   config.model.vocab_size = VOCABULARY
   config.model.mamba.N = 2
   config.model.mamba.implementation = "recurrent"
-  for name in ("mamba2", "gla", "retnet", "deltanet", "gated_deltanet", "kda"):
+  for name in ("mamba2", "gla", "retnet", "deltanet", "gated_deltanet", "kda", "plstm"):
     config.model[name].implementation = "recurrent"
   for attention in (config.model.attention, config.model.sliding_attention):
     attention.H, attention.K, attention.mlp_width = 8, 2, 16

@@ -15,7 +15,7 @@ from tests.quick_compilation import quick_compilation as quick_compilation
 
 P = jax.P
 EVERY_KIND = ("mamba", "sliding_attention", "attention")
-MATRIX_STATE = ("mamba2", "gla", "retnet", "deltanet", "gated_deltanet", "kda")
+MATRIX_STATE = ("mamba2", "gla", "retnet", "deltanet", "gated_deltanet", "kda", "plstm")
 FACTORISATIONS = [
   (data, fsdp, 8 // data // fsdp)
   for data in (1, 2, 4, 8)

@@ -14,7 +14,7 @@ PATTERNS = {
   "decays": (("gla", "mamba2"), 2),
   "delta_hybrid": (("deltanet", "sliding_attention"), 2),
   "gated_delta_hybrid": (("gated_deltanet", "attention"), 2),
-  "vectors": (("kda", "retnet"), 2),
+  "vectors": (("kda", "retnet", "plstm"), 3),
   "nonlinear": (("paralstm", "slstm"), 2),
 }
 
@@ -53,6 +53,7 @@ def make_config(kind: str, **fields) -> lm.Config:
     "deltanet": {**matrix_state, "allow_neg_eigval": True},
     "gated_deltanet": {**matrix_state, "value_heads": 4, "K": 3, "expand_v": 1.0},
     "kda": {**matrix_state, "K": 3, "expand_v": 2 / 3, "rank": 1},
+    "plstm": {**matrix_state, "J": 2, "W": 2},
     "paralstm": {"mode": "newton", "H": 2, "W": 2, "mlp_width": 0},
     "slstm": {"H": 2, "W": 0, "mlp_width": 0},
   }

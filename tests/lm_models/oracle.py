@@ -18,6 +18,7 @@ MIXERS = {
   "deltanet": oracle_matrix.deltanet,
   "gated_deltanet": oracle_matrix.gated_deltanet,
   "kda": oracle_matrix.gated_deltanet,
+  "plstm": oracle_matrix.plstm,
   **dict.fromkeys(("paragru", "paralstm", "elman", "gru", "lstm", "slstm"), oracle_rnn.pararnn),
 }
 

@@ -154,3 +154,43 @@ def retnet(p, x, c):
     g = np.full((len(x), 1), np.log(1 - 2.0 ** (-5 - h)))
     o.append(scan(*turned, v[:, h], g, None, q.shape[2] ** -0.5))
   return output(p, np.stack(o, 1), silu(heads(p, "gate", x)), c)
+
+
+def orthogonal(x):
+  """Cayley's map of x - x^T, for each of the matrices [n J J]."""
+  eye = np.eye(x.shape[-1])
+  return np.stack([np.linalg.solve(eye - (X - X.T), eye + X - X.T) for X in x])
+
+
+def plstm(p, x, c):
+  """pLSTM: what a token reads, then what it writes, with J copies of the state."""
+  u = convolve(p["input_conv"], x) if c.W else x
+  project = lambda name, y: heads(p, name, y) + p[f"{name}_proj"]["bias"]
+  q, k, v = project("query", u), project("key", u), project("value", x)
+  gate = lambda name: heads({"x_proj": p[f"{name}_gate"]}, "x", u) + p[f"{name}_gate"]["bias"]
+  act = {"sigmoid": sigmoid, "tanh": np.tanh, "identity": lambda x: x}
+  (T, H, K), J = q.shape, c.J
+  S, M, D = (
+    act[c.gate_activation](gate(name)).reshape(T, H, J, J) for name in ("source", "mark", "direct")
+  )
+  sigma = act[c.transition_activation](c.transition_scale * gate("transition"))
+  turn = np.ones((2, T * H, 1, 1))
+  if J > 1:
+    turns = np.moveaxis(gate("rotation").reshape(T * H, 2, J, J), 1, 0)
+    turn = np.stack([orthogonal(X) for X in turns])
+  turn = turn.reshape(2, T, H, J, J)
+  v = v.reshape(T, H, -1, J)
+  o = np.zeros(v.shape)
+  for h in range(H):
+    C = np.zeros((K, v.shape[2], J))
+    for t in range(T):
+      seen = np.einsum("oi,dvi->dvo", M[t, h], C)
+      seen += np.einsum("ol,d,vl->dvo", D[t, h], k[t, h], v[t, h])
+      o[t, h] = np.einsum("d,dvo->vo", q[t, h], seen) / np.sqrt(K)
+      transition = turn[0, t, h] @ np.diag(sigma[t, h]) @ turn[1, t, h]
+      C = np.einsum("ij,dvj->dvi", transition, C)
+      C += np.einsum("il,d,vl->dvi", S[t, h], k[t, h], v[t, h])
+  y = norm(p, o.reshape(T, H, -1), c.norm_epsilon).reshape(T, -1)
+  if c.passthrough:
+    y += p["skip"] * u
+  return y @ p["out_proj"]["kernel"]

@@ -35,6 +35,7 @@ BLOCK_OF_ATTENTION = {
 NORM = {"norm/scale": (1, 8), "mixer/norm/scale": (1, 4), "mixer/out_proj/kernel": (1, 8, 8)}
 HEADS = {f"mixer/{name}_proj/kernel": (1, 8, 2, 4) for name in ("query", "key", "value")}
 CONVOLUTIONS = {f"mixer/{name}_conv/conv_weight": (1, 4, 8) for name in ("query", "key", "value")}
+PLSTM_GATES = ("source", "transition", "mark", "direct")
 MATRIX_STATE = {
   "gla": {
     **NORM,
@@ -83,6 +84,17 @@ MATRIX_STATE = {
     "mixer/A_log": (1, 4),
     "mixer/dt_bias": (1, 4),
     "mixer/skip": (1, 4),
+  },
+  "plstm": {
+    **HEADS,
+    **{f"mixer/{name}_proj/bias": (1, 2, 4) for name in ("query", "key", "value")},
+    **{f"mixer/{name}_gate/kernel": (1, 8, 2, 1) for name in PLSTM_GATES},
+    **{f"mixer/{name}_gate/bias": (1, 2, 1) for name in PLSTM_GATES},
+    "norm/scale": (1, 8),
+    "mixer/norm/scale": (1, 2, 4),
+    "mixer/input_conv/conv_weight": (1, 4, 8),
+    "mixer/skip": (1, 8),
+    "mixer/out_proj/kernel": (1, 8, 8),
   },
 }
 NONLINEAR = {
@@ -153,6 +165,7 @@ def test_parameter_names_and_shapes_of_models_with_a_matrix_state(name):
     "deltanet": heads,
     "gated_deltanet": {**heads, "K": 4, "expand_v": 1.0},
     "kda": {**heads, "K": 4},
+    "plstm": heads,
   }
   config = lm.make_config(vocab_size=13, D=8, L=1, pattern=(name,), **options)
   found = names_and_shapes(config)
@@ -207,6 +220,7 @@ def test_the_published_models_have_the_published_sizes(size, count):
       "gated_deltanet": {"implementation": "recurrent", "H": 1, "value_heads": 2, "K": 32},
       "kda": {"implementation": "recurrent", "H": 2, "K": 32},
     },
+    {"pattern": ("plstm",), "plstm": {"implementation": "recurrent"}},
     {"pattern": ("paragru", "gru"), "paragru": {"mode": "sequential"}, "gru": {"H": 1}},
     {"pattern": ("paralstm", "slstm"), "paralstm": {"mode": "sequential", "bare": True}},
   ],

@@ -10,12 +10,13 @@ from scipy import stats
 
 from configs import defaults
 from experiments.rules import map_rules
-from lm_models import deltanet, gated_deltanet, gla, layers, mamba2, retnet
+from lm_models import deltanet, gated_deltanet, gla, layers, mamba2, plstm, retnet
 from tests.lm_models import oracle, oracle_matrix
 from tests.lm_models.models import SEGMENT_IDS, random_params
 from tests.quick_compilation import quick_compilation as quick_compilation
 
 STEP = {"implementation": "recurrent"}
+PLSTM = {"H": 2, "J": 2, "gate_activation": "identity"}
 KDA = {"decay": "vector", "H": 2, "K": 3, "expand_v": 1.0}
 # The first of each model runs what the op chooses by itself, in chunks that end inside rows.
 CASES = [
@@ -34,6 +35,9 @@ CASES = [
   (mamba2, {"P": 4, "N": 2, "n_groups": 2, "W": 2, **STEP}),
   (mamba2, {"P": 4, "N": 2, "dt_limit_min": 0.2, "dt_limit_max": 0.9, **STEP}),
   (retnet, {"H": 2, "rotary_base": 7.0, "chunk_size": 5}),
+  (plstm, {"H": 2, "W": 3, "chunk_size": 5}),
+  (plstm, {"H": 1, "J": 4, "K": 3, "W": 0, "gate_activation": "tanh", "chunk_size": 5}),
+  (plstm, {**PLSTM, "transition_activation": "sigmoid", "passthrough": False, **STEP}),
 ]
 
 
@@ -71,6 +75,7 @@ def test_every_option_equals_the_papers_equations(module, fields):
     (gated_deltanet, KDA),
     (mamba2, {"P": 4, "N": 3}),
     (retnet, {"H": 2}),
+    (plstm, PLSTM),
   ],
 )
 def test_bfloat16_follows_float32_and_keeps_memory_and_gates_in_float32(module, fields):
@@ -141,6 +146,17 @@ def test_gla_starts_with_a_decay_near_one_in_twenty_three_tokens():
   assert abs(p["decay_down_proj"]["kernel"].std() / 0.02 - 1) < 0.1
 
 
+def test_plstm_starts_with_open_gates_and_orthogonal_turns():
+  config, p = initial(plstm, D=64, H=4, J=4, transition_spread=0.3)
+  np.testing.assert_allclose(p["source_gate"]["bias"], -1)
+  np.testing.assert_allclose(p["transition_gate"]["bias"].mean(1), [0.1, 0.3, 0.5, 0.7], rtol=1e-6)
+  assert abs(p["source_gate"]["kernel"].std() / config.gate_std - 1) < 0.05
+  assert 0.8 < p["rotation_gate"]["bias"].std() < 1.2
+  turns = plstm.orthogonal(3 * jax.random.normal(jax.random.key(0), (50, 4, 4)))
+  product = turns @ jnp.swapaxes(turns, 1, 2)
+  np.testing.assert_allclose(product, np.broadcast_to(np.eye(4), (50, 4, 4)), atol=2e-5)
+
+
 @pytest.mark.parametrize("start", [1_000_000, 2**31 - 7, -40])
 def test_rotary_is_as_exact_after_a_million_tokens_as_at_the_first(start):
   """Also where the counter of a long stream wraps around."""
@@ -188,6 +204,10 @@ def test_retnet_goes_on_from_any_position():
     (mamba2, {"P": 3}, "P is 3, must divide expand D = 16"),
     (mamba2, {"P": 4, "n_groups": 3}, "n_groups is 3, must divide the 4 heads"),
     (mamba2, {"P": 4, "A_min": 0.0}, "A_min is 0.0, must be above 0 and at most A_max"),
+    (plstm, {"H": 3}, "H is 3, H J = 3 must divide D = 8"),
+    (plstm, {"H": 2, "J": 8}, "H is 2, H J = 16 must divide D = 8"),
+    (plstm, {"gate_activation": "relu"}, "gate_activation is 'relu', must be one of"),
+    (plstm, {"transition_activation": "exp"}, "transition_activation is 'exp', must be one of"),
     (retnet, {"H": 8}, "expand_k is 1.0, must make heads of even width, not 1"),
     (retnet, {"H": 2, "chunk_size": 0}, "chunk_size is 0, must be at least 1"),
     (retnet, {"H": 2, "implementation": "fast"}, "implementation is 'fast', must be one of"),

@@ -98,7 +98,7 @@ def test_memory_of_the_chunked_gradient_is_linear_in_time():
 @pytest.mark.parametrize("implementation", ["recurrent", "chunked"])
 def test_what_overflows_stays_in_its_document(implementation):
   """Forwards, and backwards as gradients do."""
-  half = 6  # the first chunk holds the second document's start
+  half = 12  # the second of three chunks holds the second document's start
   inputs = jax.tree.map(np.float32, make_inputs(2 * half, {}))
   ids = jnp.repeat(jnp.arange(2), half)[None].repeat(2, 0)
 
