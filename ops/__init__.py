@@ -2,6 +2,8 @@
 
 from ops.causal_conv import causal_conv as causal_conv
 from ops.causal_conv import causal_conv_step as causal_conv_step
+from ops.check_cell import CellReport as CellReport
+from ops.check_cell import check_cell as check_cell
 from ops.dag import DagBatch as DagBatch
 from ops.dag import dag_batch as dag_batch
 from ops.dispatch import explain as explain

@@ -161,20 +161,7 @@ def _filled_in(floating, tree):
 
 def _newton(cell, options, plan, limits, params, tokens, state):
   """Newton's states in a window, their residual, and the iterations made."""
-  clip = lambda h: h if limits is None else jnp.clip(h, -limits, limits)
-  shape = (*jax.tree.leaves(tokens.x)[0].shape[:2], *state.shape[1:])
-  guess = clip(cell.step(params, jnp.zeros(shape, state.dtype), tokens.x))
-  guess = varying_like(guess, state)
-  if tokens.real is not None:
-    guess = where_mask(tokens.real, guess)
-
-  def residual(h):
-    return jnp.max(jnp.abs(_value(cell, params, before(h, state, tokens.start), tokens) - h))
-
-  def iterate(h):
-    h = h + options.relaxation * _increment(cell, options, plan, params, tokens, state, h)
-    return clip(jnp.where(jnp.isfinite(h), h, guess))
-
+  guess, iterate, residual = iteration(cell, options, plan, limits, params, tokens, state)
   if options.tolerance is None:
     h = jax.lax.fori_loop(0, options.iterations, lambda _, h: iterate(h), guess)
     return h, residual(h), jnp.asarray(options.iterations, jnp.int32)
@@ -189,6 +176,25 @@ def _newton(cell, options, plan, limits, params, tokens, state):
 
   first = guess, residual(guess), jnp.zeros((), jnp.int32)
   return jax.lax.while_loop(unfinished, advance, first)
+
+
+def iteration(cell, options, plan, limits, params, tokens, state):
+  """Of a window: the guess f(0, x), and two functions of an iterate: the next, its residual."""
+  clip = lambda h: h if limits is None else jnp.clip(h, -limits, limits)
+  shape = (*jax.tree.leaves(tokens.x)[0].shape[:2], *state.shape[1:])
+  guess = clip(cell.step(params, jnp.zeros(shape, state.dtype), tokens.x))
+  guess = varying_like(guess, state)
+  if tokens.real is not None:
+    guess = where_mask(tokens.real, guess)
+
+  def iterate(h):
+    h = h + options.relaxation * _increment(cell, options, plan, params, tokens, state, h)
+    return clip(jnp.where(jnp.isfinite(h), h, guess))
+
+  def residual(h):
+    return jnp.max(jnp.abs(_value(cell, params, before(h, state, tokens.start), tokens) - h))
+
+  return guess, iterate, residual
 
 
 def _increment(cell, options, plan, params, tokens, state, h):
