@@ -106,6 +106,7 @@ def check_cell(
   Raises:
     ValueError: something is declared falsely; the message says what.
   """
+  params, x = jax.tree.map(jnp.asarray, (params, x))
   dtype = floating_dtype(params, x, initial_state)
   tolerance = tolerance or (1e-10 if dtype == jnp.float64 else 1e-5)
   wide = lambda leaf: jnp.asarray(leaf, dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else None)

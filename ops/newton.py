@@ -74,6 +74,7 @@ def newton_scan(
     iterations, tolerance, method, damping, relaxation, window, policy, limit
   )  # fmt: skip
   _check_options(options)
+  params, x = jax.tree.map(jnp.asarray, (params, x))
   rows, length = _check_tokens(x, segment_ids)
   dtype = floating_dtype(params, x, initial_state)
   floats = [leaf for leaf in jax.tree.leaves(x) if jnp.issubdtype(leaf.dtype, jnp.floating)]
