@@ -82,9 +82,12 @@ class Config:
   def __post_init__(self):
     layers.check_at_least(self, 1, "D", "L", "H", "chunk_size")
     layers.check_at_least(self, 0, "W")
-    recurrent_layers.check_implementation(self)
     check = recurrent_layers.check_choice
     check(self, "mode", MODES)
+    if self.implementation is not None:
+      check(
+        self, "implementation", ("recurrent", "wavefront", "chunked", "parallel", MODES[self.mode])
+      )
     check(self, "pmode", ("paper", "published"))
     check(self, "gate_activation", GATE_ACTIVATIONS)
     check(self, "transition_activation", TRANSITION_ACTIVATIONS)

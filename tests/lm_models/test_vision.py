@@ -104,7 +104,6 @@ def test_flips_of_the_image_swap_orientations(mode):
   [
     ({}, 1.0),
     ({"transition_activation": "squared_tanh"}, 1.0),
-    ({"transition_activation": "sigmoid"}, 1.0),
     ({"pmode": "published"}, 1.0),
     ({"pmode": "published", "unsafe": True}, 3.0),
   ],
@@ -135,8 +134,8 @@ def test_bfloat16_follows_float32(mode):
 
 
 def initial(**fields):
-  """Initial gates [O H n] of a layer of width 96 with three heads, before their activation."""
-  config = plstm_2d.Config(**{"D": 96, "L": 8, **fields})
+  """Initial parameters of a layer of width 96 with three heads."""
+  config = plstm_2d.Config(**{"D": 96, "L": 8, **STEP, **fields})
   x = jnp.zeros((1, 1, 1, 96))
   return jax.jit(plstm_2d.Mixer(config).init)(jax.random.key(3), x)["params"]
 
@@ -153,17 +152,20 @@ def test_a_layer_starts_with_angles_and_decays_spread_over_heads():
     np.testing.assert_allclose(bias, np.broadcast_to(np.reshape(expected, (3, 1)), (4, 3, 1)))
   np.testing.assert_array_equal(p["direct_gate"]["bias"], np.full((1, 3, 1), -6))
   assert "kernel" not in p["direct_gate"]
+  slices = [p[f"{name}_gate"]["kernel"].ravel() for name in ("source", "mark", "transition")]
+  other = initial(mode="D", gate_inputs="all", block_diagonal=True)
   small = (0.4 / 96) ** 0.5
   for values, deviation in (
     (p["query_proj"]["kernel"], small),
     (p["out_proj"]["kernel"], small / 4),
-    (initial(mode="D")["transition_gate"]["kernel"], 0.1 * (0.4 / 8) ** 0.5),
-    (initial(mode="D", gate_inputs="all")["mark_gate"]["kernel"], 0.1 * small),
-    (initial(block_diagonal=True)["value_heads"]["kernel"], (0.4 / 32) ** 0.5),
+    (np.concatenate(slices), 0.1 * (0.4 / 8) ** 0.5),
+    (other["mark_gate"]["kernel"], 0.1 * small),
+    (other["value_heads"]["kernel"], (0.4 / 32) ** 0.5),
   ):
     assert abs(np.std(values) / deviation - 1) < 0.2
-  assert not initial(gate_scale=0.0)["transition_gate"]["kernel"].any()
-  assert not initial(H=1, angle_spread=2.0)["angle_gate"]["bias"].any()
+  one_head = initial(H=1, angle_spread=2.0, gate_scale=0.0)
+  assert not one_head["angle_gate"]["bias"].any()
+  assert not one_head["transition_gate"]["kernel"].any()
 
 
 def test_drop_path_leaves_out_whole_branches_of_images_in_training_only():
@@ -174,15 +176,12 @@ def test_drop_path_leaves_out_whole_branches_of_images_in_training_only():
   kept = y[:, 0, 0, 0] > 0
   np.testing.assert_allclose(y, np.broadcast_to(kept[:, None, None, None] / 0.75, x.shape))
   assert 0.65 < kept.mean() < 0.85
+  # Two repeats of two branches are drawn one by one: all sixteen models occur.
   config, params = make_model(pattern=("attention",), drop_path=0.5)
-  images = jnp.asarray(random_input(4, 4, 6, 6))
-  apply = jax.jit(functools.partial(vision.apply, config))
-  first, again, other = (apply(params, images, jax.random.key(n)) for n in (0, 0, 1))
-  np.testing.assert_array_equal(first, again)
-  assert np.abs(first - other).max() > 0.1
-  # Four branches, each left out by itself: were all drawn at once, rows would be all or nothing.
-  plain = vision.apply(config, params, images)
-  assert np.abs(first - plain).max() > 0.1
+  image = jnp.asarray(random_input(1, 4, 6, 6))
+  apply = jax.jit(jax.vmap(lambda key: vision.apply(config, params, image, key)))
+  logits = np.asarray(apply(jax.random.split(jax.random.key(0), 300)))
+  assert len(np.unique(np.round(logits[:, 0, 0], 3))) == 16
 
 
 @pytest.mark.parametrize("D, H, millions", [(192, 3, 6), (384, 6, 23), (768, 12, 89)])
