@@ -11,10 +11,11 @@ read:
 A row has them in closed form, by the products of its transitions to the right. Blocks above one
 another share the edges between them, and `merge` eliminates those: log2(Y) merges make one block of
 all rows, of any number. Products are made of factors, never by division or logarithms: transitions
-may be negative or zero. All arrays have at most two more axes in front.
+may be negative or zero. All arrays have at most three more axes in front.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -40,7 +41,7 @@ class Maps(NamedTuple):
 
   node_left: Float[Array, "... n y"]
   node_above: Float[Array, "... n x"]
-  node_node: Float[Array, "... n n"]
+  node_node: Float[Array, "... n n"] | None  # None is left out of merges
   right_left: Float[Array, "... y y"]
   right_above: Float[Array, "... y x"]
   right_node: Float[Array, "... y n"]
@@ -58,13 +59,6 @@ def split_gates(source: Array, transition: Array, mark: Array) -> Gates:
   )  # fmt: skip
 
 
-def block_maps(gates: Gates, *, separable: bool) -> Maps:
-  """The maps of one block of all Y rows and X columns; `separable` takes t_dl as 0, which makes
-  every matrix an elementwise product."""
-  rows = _rows(gates)
-  return _separable(gates, rows) if separable else _fold(rows)
-
-
 def _segments(t: Float[Array, "... n"]) -> Float[Array, "... n+1 n+1"]:
   """[i, j]: how much of a state on the edge that enters node j arrives on the one that enters node
   i (leaves node i-1): the product of t from j to i-1, zero for i < j."""
@@ -76,7 +70,7 @@ def _segments(t: Float[Array, "... n"]) -> Float[Array, "... n+1 n+1"]:
   return jnp.where(edges[:, None] >= edges, products, 0)
 
 
-def _rows(gates: Gates) -> Maps:
+def row_maps(gates: Gates) -> Maps:
   """The maps of each row, [... Y . .]."""
   segments = _segments(gates.t_rl)
   columns = lambda x: x[..., None]
@@ -97,18 +91,31 @@ def _rows(gates: Gates) -> Maps:
   )
 
 
-def _fold(rows: Maps) -> Maps:
-  """One block out of blocks above one another, [... blocks . .]; halves their number again and
-  again, and puts the last of an odd number on top of a tail."""
-  tail = None
+def fold(rows: Maps, visit: Callable | None = None) -> Maps:
+  """The maps of one block out of those of its rows, [... Y . .]. Pairs of neighbours are merged at
+  once, again and again; of an odd number the last goes on top of a tail.
+
+  Before each merge `visit(upper, lower, top, heights)` sees the blocks [... pairs . .]: the first
+  pair begins at row `top`, the others follow, each an upper block of heights[0] rows and a lower
+  one of heights[1].
+  """
+
+  def join(upper, lower, top, heights):
+    if visit is not None:
+      visit(upper, lower, top, heights)
+    return merge(upper, lower)
+
   pick = lambda part: jax.tree.map(lambda x: x[..., part, :, :], rows)
-  while (count := rows.node_left.shape[-3]) > 1:
+  tail, tail_height, height = None, 0, 1
+  while (count := rows.right_left.shape[-3]) > 1:
     if count % 2:
-      last = pick(slice(-1, None))
-      tail = last if tail is None else merge(last, tail)
+      last, top = pick(slice(-1, None)), (count - 1) * height
+      tail = last if tail is None else join(last, tail, top, (height, tail_height))
+      tail_height += height
       rows = pick(slice(None, -1))
-    rows = merge(pick(slice(0, None, 2)), pick(slice(1, None, 2)))
-  block = rows if tail is None else merge(rows, tail)
+    rows = join(pick(slice(0, None, 2)), pick(slice(1, None, 2)), 0, (height, height))
+    height *= 2
+  block = rows if tail is None else join(rows, tail, 0, (height, tail_height))
   return jax.tree.map(lambda x: x[..., 0, :, :], block)
 
 
@@ -126,43 +133,13 @@ def merge(a: Maps, b: Maps) -> Maps:
   return Maps(
     node_left=into_rows(a.node_left, b.node_left, b.node_above, a.below_left),
     node_above=over(a.node_above, product(b.node_above, a.below_above)),
-    node_node=into_rows(a.node_node, b.node_node, b.node_above, a.below_node),
+    node_node=None
+    if a.node_node is None
+    else into_rows(a.node_node, b.node_node, b.node_above, a.below_node),
     right_left=into_rows(a.right_left, b.right_left, b.right_above, a.below_left),
     right_above=over(a.right_above, product(b.right_above, a.below_above)),
     right_node=into_rows(a.right_node, b.right_node, b.right_above, a.below_node),
     below_left=beside(product(b.below_above, a.below_left), b.below_left),
     below_above=product(b.below_above, a.below_above),
     below_node=beside(product(b.below_above, a.below_node), b.below_node),
-  )
-
-
-def _separable(gates: Gates, rows: Maps) -> Maps:
-  """The maps where nothing turns from left to down: down a column first, then along a row."""
-  *_, Y, X = gates.t_du.shape
-  segments = _segments(jnp.swapaxes(gates.t_du, -1, -2))  # [... X Y+1 Y+1]
-  by_row = lambda x: jnp.moveaxis(x, -3, -1)
-  from_above = by_row(segments[..., :-1, :1])  # [... Y 1 X]
-  from_rows = by_row(segments[..., :-1, 1:]) * gates.source_d[..., None, :, :]  # [... Y Y X]
-  past_rows = by_row(segments[..., -1:, 1:])[..., 0, :, :] * gates.source_d  # [... Y X]
-  rows_eye, columns_eye = (jnp.eye(n, dtype=gates.t_du.dtype) for n in (Y, X))
-
-  def from_nodes(above, own):
-    # above, own [... Y a X]: what a row makes of its states from above, and of its own nodes.
-    pairs = above[..., None, :] * from_rows[..., None, :, :]
-    pairs = pairs + rows_eye[:, None, :, None] * own[..., None, :]
-    return pairs.reshape(*pairs.shape[:-4], -1, Y * X)
-
-  nodes = lambda x: x.reshape(*x.shape[:-3], Y * X, x.shape[-1])
-  return Maps(
-    node_left=nodes(rows_eye[:, None, :] * rows.node_left),
-    node_above=nodes(rows.node_above * from_above),
-    node_node=from_nodes(rows.node_above, rows.node_node),
-    right_left=rows_eye * rows.right_left[..., 0],
-    right_above=(rows.right_above * from_above)[..., 0, :],
-    right_node=from_nodes(rows.right_above, rows.right_node),
-    below_left=jnp.zeros_like(rows.below_left, shape=(*rows.below_left.shape[:-3], X, Y)),
-    below_above=columns_eye * by_row(segments[..., -1:, :1])[..., 0, :, :],
-    below_node=(columns_eye[:, None, :] * past_rows[..., None, :, :]).reshape(
-      *past_rows.shape[:-2], X, Y * X
-    ),
   )

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ops.plstm_2d_blocks import Gates, block_maps, split_gates
+from ops.plstm_2d_blocks import Gates, fold, row_maps, split_gates
 from ops.plstm_2d_scans import by_run, lengthen, skew, sweep, unskew
 
 # The gates of a node that lets everything pass straight.
@@ -42,7 +42,7 @@ def chunked(grid, left, above, *, structure, chunk_size, precision):
     """The outputs of blocks, and everything that the borders between them need."""
     gates = split_gates(grid.source, grid.transition, grid.mark)
     gates = jax.tree.map(lambda x, fill: jnp.moveaxis(blocks(x, fill), -1, 1), gates, NEUTRAL)
-    maps = block_maps(gates, separable=structure == "separable")
+    maps = fold(row_maps(gates))
     q, k, v = (jnp.moveaxis(blocks(x), -2, 1).reshape(-1, H, C * C, x.shape[-1]) for x in grid[:3])
     scores = product("bhnk,bhmk->bhnm", q, k) * maps.node_node
     leave = jnp.concatenate([maps.right_node, maps.below_node], axis=-2)

@@ -16,11 +16,7 @@ from tests.quick_compilation import quick_compilation as quick_compilation
 
 B, H, K, V = 2, 2, 3, 2
 GENERAL = ("recurrent", "wavefront", "chunked", "parallel")
-OF_ITS_OWN = {
-  "general": GENERAL,
-  "separable": ("chunked", "parallel", "separable"),
-  "merged": ("merged",),
-}  # code
+OF_ITS_OWN = {"general": GENERAL, "separable": ("separable",), "merged": ("merged",)}  # code
 
 
 @functools.cache
