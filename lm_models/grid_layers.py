@@ -1,5 +1,7 @@
 """What models of grids of tokens share: initial values, the MLP, a convolution, drop-path."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,14 +10,19 @@ from jaxtyping import Array, Float
 from lm_models import layers
 
 
-def small_init(key: Array, shape: tuple[int, ...]) -> Array:
-  """N(0, 2 / (5 fan_in)), the first axis being summed over. Nguyen and Salazar, 2019."""
-  return (0.4 / shape[0]) ** 0.5 * jax.random.normal(key, shape)
+def fan_in_init(variance: float) -> Callable:
+  """N(0, variance / fan_in), the first axis being summed over; 1 keeps variances between layers."""
+  return lambda key, shape: (variance / shape[0]) ** 0.5 * jax.random.normal(key, shape)
 
 
-def out_init(L: int):
-  """`small_init`, smaller by sqrt(2 L): of what is added to the residual stream 2 L times."""
-  return lambda key, shape: (2 * L) ** -0.5 * small_init(key, shape)
+# Nguyen and Salazar, "Transformers without Tears", 2019.
+SMALL = 0.4
+small_init = fan_in_init(SMALL)
+
+
+def out_init(L: int, variance: float = SMALL) -> Callable:
+  """`fan_in_init`, smaller by sqrt(2 L): of what is added to the residual stream 2 L times."""
+  return fan_in_init(variance / (2 * L))
 
 
 class MLP(nn.Module):
@@ -23,13 +30,15 @@ class MLP(nn.Module):
 
   width: int
   L: int
+  init_variance: float = SMALL
   dtype: str = "float32"
 
   @nn.compact
   def __call__(self, x: Float[Array, "B Y X D"]) -> Float[Array, "B Y X D"]:
     options = {"bias": True, "dtype": self.dtype}
-    y = layers.Projection(self.width, kernel_init=small_init, name="up_proj", **options)(x)
-    down = layers.Projection(x.shape[-1], kernel_init=out_init(self.L), name="down_proj", **options)
+    up_init, down_init = fan_in_init(self.init_variance), out_init(self.L, self.init_variance)
+    y = layers.Projection(self.width, kernel_init=up_init, name="up_proj", **options)(x)
+    down = layers.Projection(x.shape[-1], kernel_init=down_init, name="down_proj", **options)
     return down(jax.nn.gelu(y))
 
 
@@ -37,12 +46,13 @@ class HeadProjection(nn.Module):
   """Each head's part of the channels times the head's own matrix, plus a bias."""
 
   H: int
+  init_variance: float = SMALL
   dtype: str = "float32"
 
   @nn.compact
   def __call__(self, x: Float[Array, "B Y X D"]) -> Float[Array, "B Y X H K"]:
     K = x.shape[-1] // self.H
-    init = lambda key, shape: (0.4 / K) ** 0.5 * jax.random.normal(key, shape)
+    init = nn.initializers.normal((self.init_variance / K) ** 0.5)
     kernel = self.param("kernel", init, (self.H, K, K)).astype(self.dtype)
     bias = self.param("bias", nn.initializers.zeros, (self.H, K)).astype(self.dtype)
     x = x.astype(self.dtype).reshape(*x.shape[:3], self.H, K)

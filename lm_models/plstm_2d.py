@@ -25,6 +25,7 @@ saturated, and not constant. The weights in a are not divided by 2 D.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -35,7 +36,7 @@ from jaxtyping import Array, Float
 
 import ops
 from lm_models import grid_layers, layers, recurrent_layers
-from lm_models.grid_layers import out_init, small_init
+from lm_models.grid_layers import fan_in_init, out_init
 
 ORIENTATIONS = 4
 MODES = {"P": "merged", "D": "separable"}  # and what the op is promised about transitions
@@ -71,7 +72,8 @@ class Config:
   transition_spread: float = 0.0  # g's biases of heads lie this far about their mean
   transition_scale: float = 2.0  # multiplies g before its activation
   angle_spread: float = 1.5  # a's biases of heads lie this far about 0
-  gate_scale: float = 0.1  # initial weights of gates, in multiples of those of q, k and v
+  init_variance: float = 0.4  # of the initial weights, in multiples of 1 / inputs
+  gate_scale: float = 0.1  # initial weights of gates, in multiples of the others
   W: int = 0  # side of a depthwise convolution before q, k and gates, tokens, odd; 0 leaves it out
   passthrough: bool = False  # adds what q, k and gates see to the normed output, by learnt scales
   norm_epsilon: float = 1e-5  # of the norm of the output
@@ -138,7 +140,7 @@ class Gate(nn.Module):
   bias: tuple[float, ...]  # initial, for each head
   outputs: int
   inputs: str
-  scale: float  # of the initial weights
+  deviation: float  # of the initial weights, times the root of how many inputs there are
   orientations: int = ORIENTATIONS
   dtype: str = "float32"
 
@@ -154,13 +156,11 @@ class Gate(nn.Module):
   def _weigh(self, x, O, H, D):
     wide = jnp.promote_types(self.dtype, jnp.float32)
     if self.inputs == "all":
-      init = lambda key, shape: self.scale * small_init(key, shape)
+      init = nn.initializers.normal(self.deviation * D**-0.5)
       kernel = self.param("kernel", init, (D, O, H, self.outputs)).astype(self.dtype)
     else:
       parts = O * H
-      init = lambda key, shape: (
-        self.scale * (0.4 * parts / D) ** 0.5 * jax.random.normal(key, shape)
-      )
+      init = nn.initializers.normal(self.deviation * (parts / D) ** 0.5)
       kernel = self.param("kernel", init, (O, H, D // parts, self.outputs)).astype(self.dtype)
       # One product with a matrix of blocks is faster than many products with few channels each.
       kernel = kernel.reshape(parts, -1, 1, self.outputs) * jnp.eye(parts)[:, None, :, None]
@@ -210,14 +210,16 @@ class Mixer(nn.Module):
     y = y.reshape(x.shape)
     if c.passthrough:
       y = y + self.param("skip", nn.initializers.ones, (c.D,)).astype(c.dtype) * seen
-    return layers.Projection(c.D, dtype=c.dtype, kernel_init=out_init(c.L), name="out_proj")(y)
+    return layers.Projection(
+      c.D, dtype=c.dtype, kernel_init=out_init(c.L, c.init_variance), name="out_proj"
+    )(y)
 
   def _project(self, name, x):
     c = self.config
     if c.block_diagonal:
-      return grid_layers.HeadProjection(c.H, c.dtype, name=f"{name}_heads")(x)
+      return grid_layers.HeadProjection(c.H, c.init_variance, c.dtype, name=f"{name}_heads")(x)
     size = (c.H, c.D // c.H)
-    options = {"bias": True, "dtype": c.dtype, "kernel_init": small_init}
+    options = {"bias": True, "dtype": c.dtype, "kernel_init": fan_in_init(c.init_variance)}
     return layers.Projection(size, name=f"{name}_proj", **options)(x)
 
   def _gates(self, x):
@@ -232,14 +234,14 @@ class Mixer(nn.Module):
       "mark": spread(c.mark_bias, 0),
       "angle": spread(0, c.angle_spread),
     }
-    scale, dtype = c.gate_scale, c.dtype
+    deviation = c.gate_scale * c.init_variance**0.5
+    make = functools.partial(Gate, deviation=deviation, dtype=c.dtype)
     gate = {
-      name: Gate(bias[name], outputs, c.gate_inputs, scale, dtype=dtype, name=f"{name}_gate")(x)
+      name: make(bias[name], outputs, c.gate_inputs, name=f"{name}_gate")(x)
       for name, outputs in c.gates.items()
     }
-    direct = Gate(
-      spread(c.direct_bias, 0), 1, c.direct_inputs, scale, 1, dtype, name="direct_gate"
-    )(x)[..., 0, :, 0]
+    bias, inputs = spread(c.direct_bias, 0), c.direct_inputs
+    direct = make(bias, 1, inputs, orientations=1, name="direct_gate")(x)[..., 0, :, 0]
     act: Callable = GATE_ACTIVATIONS[c.gate_activation]
     s, m, direct = act(gate["source"]), act(gate["mark"]), act(direct)
     g = TRANSITION_ACTIVATIONS[c.transition_activation](c.transition_scale * gate["transition"])

@@ -60,6 +60,7 @@ class Config:
     "corners"  # corners (four tokens side by side), mean, or none: logits of each token
   )
   mlp_ratio: float = 4.0  # width of the MLP in multiples of D, rounded up to 64; 0 leaves it out
+  init_variance: float = 0.4  # of initial weights, in multiples of 1 / inputs; 1 for few blocks
   drop_path: float = 0.0  # probability that training leaves out a branch of an image
   norm_epsilon: float = 1e-5  # of the norms before mixers, MLPs and head
   remat: str = "none"  # none, dots (keep matrix products) or full (keep nothing)
@@ -112,7 +113,7 @@ def make_config(**fields) -> Config:
     _check(config)
   except ValueError as error:
     raise ValueError(f"model.{error}") from None
-  shared = {"D": config.D, "L": config.L, "dtype": config.dtype}
+  shared = {field: getattr(config, field) for field in ("D", "L", "init_variance", "dtype")}
   mixers = tuple(_mixer_config(name, shared, options.get(name, {})) for name in config.names)
   return dataclasses.replace(config, mixers=mixers)
 
@@ -130,13 +131,15 @@ def _check(config):
     raise ValueError(f"L is {config.L}, must be a multiple of the pattern's {len(config.pattern)}")
   if len(config.grid) != 2 or min(config.grid) < 1:
     raise ValueError(f"grid is {config.grid}, must be rows and columns, at least 1 each")
+  if config.init_variance < 0:
+    raise ValueError(f"init_variance is {config.init_variance}, must be at least 0")
   if not 0 <= config.drop_path < 1:
     raise ValueError(f"drop_path is {config.drop_path}, must be at least 0 and below 1")
 
 
 def _mixer_config(name, shared, options):
   module, start = MIXERS[name]
-  # The width and the dtype are the whole model's, and the name says the mode.
+  # What is shared is the whole model's, and the name says the mode.
   known = {field.name for field in dataclasses.fields(module.Config)} - set(shared) - set(start)
   wrong = sorted(set(options) - known)
   if wrong:
@@ -161,7 +164,7 @@ class Block(nn.Module):
     y = module.Mixer(c.mixer(self.name_in_pattern), name="mixer")(norm(name="norm")(x))
     x = _constrain(x + grid_layers.DropPath(c.drop_path)(y))
     if c.mlp_width:
-      mlp = grid_layers.MLP(c.mlp_width, c.L, c.dtype, name="mlp")
+      mlp = grid_layers.MLP(c.mlp_width, c.L, c.init_variance, c.dtype, name="mlp")
       x = _constrain(x + grid_layers.DropPath(c.drop_path)(mlp(norm(name="mlp_norm")(x))))
     return x
 
@@ -221,7 +224,7 @@ class VisionModel(nn.Module):
     # Empty patches differ from nothing from the start: a norm of zeros would pass no gradient.
     start = nn.initializers.normal(0.02)
     patch_proj = layers.Projection(
-      c.D, 1, True, c.dtype, grid_layers.small_init, start, name="patch_proj"
+      c.D, 1, True, c.dtype, grid_layers.fan_in_init(c.init_variance), start, name="patch_proj"
     )
     x = patch_proj(patches)
     if c.position_embedding:

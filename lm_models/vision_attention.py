@@ -11,7 +11,7 @@ import jax
 from jaxtyping import Array, Float
 
 from lm_models import layers
-from lm_models.grid_layers import out_init, small_init
+from lm_models.grid_layers import fan_in_init, out_init
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Config:
   D: int = 192  # model width
   L: int = 12  # blocks in the whole model; the output projection starts smaller by sqrt(2 L)
   H: int = 3  # heads of width D / H
+  init_variance: float = 0.4  # of the initial weights, in multiples of 1 / inputs
   dtype: str = "float32"  # of matrix products and activations
 
   def __post_init__(self):
@@ -43,11 +44,11 @@ class Mixer(nn.Module):
   def __call__(self, x: Float[Array, "B Y X D"]) -> Float[Array, "B Y X D"]:
     c = self.config
     tokens = x.reshape(x.shape[0], -1, c.D)
-    options = {"bias": True, "dtype": c.dtype, "kernel_init": small_init}
+    options = {"bias": True, "dtype": c.dtype, "kernel_init": fan_in_init(c.init_variance)}
     q, k, v = (
       layers.Projection((c.H, c.D // c.H), name=f"{name}_proj", **options)(tokens)
       for name in ("query", "key", "value")
     )
     o = jax.nn.dot_product_attention(q, k, v)
-    options["kernel_init"] = out_init(c.L)
+    options["kernel_init"] = out_init(c.L, c.init_variance)
     return layers.Projection(c.D, 2, name="out_proj", **options)(o).reshape(x.shape)

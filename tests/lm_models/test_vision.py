@@ -153,14 +153,14 @@ def test_a_layer_starts_with_angles_and_decays_spread_over_heads():
   np.testing.assert_array_equal(p["direct_gate"]["bias"], np.full((1, 3, 1), -6))
   assert "kernel" not in p["direct_gate"]
   slices = [p[f"{name}_gate"]["kernel"].ravel() for name in ("source", "mark", "transition")]
-  other = initial(mode="D", gate_inputs="all", block_diagonal=True)
+  other = initial(mode="D", gate_inputs="all", block_diagonal=True, init_variance=1.0)
   small = (0.4 / 96) ** 0.5
   for values, deviation in (
     (p["query_proj"]["kernel"], small),
     (p["out_proj"]["kernel"], small / 4),
     (np.concatenate(slices), 0.1 * (0.4 / 8) ** 0.5),
-    (other["mark_gate"]["kernel"], 0.1 * small),
-    (other["value_heads"]["kernel"], (0.4 / 32) ** 0.5),
+    (other["mark_gate"]["kernel"], 0.1 * 96**-0.5),
+    (other["value_heads"]["kernel"], 32**-0.5),
   ):
     assert abs(np.std(values) / deviation - 1) < 0.2
   one_head = initial(H=1, angle_spread=2.0, gate_scale=0.0)
@@ -281,6 +281,7 @@ def test_flops_are_those_that_the_compiler_counts(fields):
     ({"dtype": "float"}, "model.dtype is 'float', must be one of "),
     ({"grid": (0, 3)}, r"model.grid is \(0, 3\), must be rows and columns, at least 1 each"),
     ({"drop_path": 1.0}, "model.drop_path is 1.0, must be at least 0 and below 1"),
+    ({"init_variance": -0.4}, "model.init_variance is -0.4, must be at least 0"),
     ({"mlp_ratio": -1.0}, "model.mlp_ratio is -1.0, must be at least 0"),
     ({"plstm_p": {"D": 8}}, "model.plstm_p.D is no field; there are "),
     ({"plstm_p": {"mode": "D"}}, "model.plstm_p.mode is no field; there are "),
