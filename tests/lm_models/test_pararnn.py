@@ -83,6 +83,15 @@ def test_the_jacobians_are_those_of_the_cells(cell):
   np.testing.assert_allclose(product, expected, rtol=0, atol=1e-12)
 
 
+def test_the_first_token_of_an_slstm_counts_however_small_its_gate():
+  """Nothing came before it: its share is all there is, not 0 divided by 0."""
+  u = jnp.asarray([[[-200.0], [3.0], [0.7], [0.4]]])  # i, f, n, o of one channel
+  step = lambda u: rnn_cells.slstm({"R": jnp.zeros((4, 1, 1, 1))}, jnp.zeros((1, 4)), u)
+  h, gradient = jax.value_and_grad(lambda u: step(u)[0, 0])(u)
+  np.testing.assert_allclose(h, np.tanh(0.7) / (1 + np.exp(-0.4)), rtol=1e-6)
+  assert np.isfinite(gradient).all()
+
+
 def test_both_modes_have_the_same_values_and_gradients():
   """In float64, documents, padding and a state before the first token included."""
   with jax.enable_x64(True):
