@@ -14,6 +14,8 @@ them and the copies, D between v and o, and
 
 by Cayley's map (1 - A)^-1 (1 + A) of A = X - X^T, X = b + W u: no norm exceeds 1.
 
+Weights of q, k, v and y start from N(0, 2 / (5 fan_in)), those of y smaller by sqrt(2 L).
+
 Departures from the published code: J is 1, not 4, unless configured; gates see all channels; they
 start neither saturated nor constant (the published start, from which learning begins late, is
 source_bias = mark_bias = direct_bias = -5, transition_bias = 1, gate_std = 0); U and U' are
@@ -31,6 +33,7 @@ from jaxtyping import Array, Float, Int
 
 import ops
 from lm_models import layers, recurrent_layers
+from lm_models.grid_layers import out_init, small_init
 from ops.segments import where_mask
 
 GATE_ACTIVATIONS = {"sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh, "identity": lambda x: x}
@@ -168,9 +171,11 @@ class Mixer(nn.Module):
       uniform = lambda key, shape: c.W**-0.5 * jax.random.uniform(key, shape, minval=-1)
       conv = recurrent_layers.ShortConv(c.W, c.dtype, uniform, name="input_conv")
       seen, conv_state["input_conv"] = conv(x.astype(c.dtype), state.get("input_conv"), segment_ids)
-    project = lambda name, size, y: recurrent_layers.project(c, name, size, y, bias=True)
-    q, k = (project(name, (H, K), seen) for name in ("query_proj", "key_proj"))
-    v = project("value_proj", (H, c.D // H), x)
+    project = lambda name, size: layers.Projection(
+      size, bias=True, dtype=c.dtype, kernel_init=small_init, name=name
+    )
+    q, k = (project(name, (H, K))(seen) for name in ("query_proj", "key_proj"))
+    v = project("value_proj", (H, c.D // H))(x)
     tracking = c.J > 1
     if tracking:
       q, k, v = q[..., None], k[..., None], v.reshape(*v.shape[:3], V, c.J)
@@ -182,8 +187,8 @@ class Mixer(nn.Module):
     y = layers.RMSNorm(c.norm_epsilon, c.dtype, scale_axes=2, name="norm")(y).reshape(x.shape)
     if c.passthrough:
       y = y + self.param("skip", nn.initializers.ones, (c.D,)).astype(c.dtype) * seen
-    y = recurrent_layers.project(c, "out_proj", c.D, y)
-    return y, {**conv_state, "memory": memory}
+    out = layers.Projection(c.D, dtype=c.dtype, kernel_init=out_init(c.L), name="out_proj")
+    return out(y), {**conv_state, "memory": memory}
 
   def _gates(self, x):
     """Source, transition, mark and direct gates as the op takes them."""

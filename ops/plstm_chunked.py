@@ -153,9 +153,6 @@ def _whole(tokens):
     slots = lambda mask, x: jnp.broadcast_to(mask[..., None], (*mask.shape, x))
     masks = (slots(jnp.ones_like(inside), source.shape[-1]), inside, slots(inside, mark.shape[-2]))
   block = Block(source, transition, mark, direct, *masks)
-  block = block._replace(
-    transition=_masked(block.passed, transition), mark=_masked(block.reached, mark)
-  )
   while block.transition.shape[2] > H:
     earlier = jax.tree.map(lambda x: x[:, :, ::2], block)
     later = jax.tree.map(lambda x: x[:, :, 1::2], block)
