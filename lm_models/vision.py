@@ -56,6 +56,7 @@ class Config:
   ] = ()  # one Config for each distinct name in `pattern`, in order of appearance
   position_embedding: bool = True  # adds a learnt vector to each token, resized to any grid
   grid: tuple[int, int] = (14, 14)  # rows and columns of the position embedding, tokens
+  position_scale: float = 0.02  # standard deviation of the initial position embedding
   pooling: str = (
     "corners"  # corners (four tokens side by side), mean, or none: logits of each token
   )
@@ -120,7 +121,7 @@ def make_config(**fields) -> Config:
 
 def _check(config):
   layers.check_at_least(config, 1, "patch", "channels", "outputs", "D", "L", "unroll")
-  layers.check_at_least(config, 0, "mlp_ratio")
+  layers.check_at_least(config, 0, "mlp_ratio", "init_variance", "position_scale")
   for field, allowed in (
     ("dtype", lm.DTYPES),
     ("pooling", POOLINGS),
@@ -131,8 +132,6 @@ def _check(config):
     raise ValueError(f"L is {config.L}, must be a multiple of the pattern's {len(config.pattern)}")
   if len(config.grid) != 2 or min(config.grid) < 1:
     raise ValueError(f"grid is {config.grid}, must be rows and columns, at least 1 each")
-  if config.init_variance < 0:
-    raise ValueError(f"init_variance is {config.init_variance}, must be at least 0")
   if not 0 <= config.drop_path < 1:
     raise ValueError(f"drop_path is {config.drop_path}, must be at least 0 and below 1")
 
@@ -228,7 +227,8 @@ class VisionModel(nn.Module):
     )
     x = patch_proj(patches)
     if c.position_embedding:
-      position = self.param("position_embedding", start, (*c.grid, c.D))
+      position_init = nn.initializers.normal(c.position_scale)
+      position = self.param("position_embedding", position_init, (*c.grid, c.D))
       if c.grid != (Y, X):
         position = jax.image.resize(position, (Y, X, c.D), "bicubic")
       x = x + position

@@ -168,6 +168,24 @@ def test_a_layer_starts_with_angles_and_decays_spread_over_heads():
   assert not one_head["transition_gate"]["kernel"].any()
 
 
+def test_a_models_position_embedding_and_patches_start_as_configured():
+  config = vision.make_config(
+    D=96, L=1, pattern=("attention",), init_variance=2.0, position_scale=0.5, attention={"H": 2}
+  )
+  p = jax.jit(functools.partial(vision.init, config))(jax.random.key(0))
+  block = p["blocks"]["0_attention"]
+  for values, deviation in (
+    (p["position_embedding"], 0.5),
+    (p["patch_proj"]["kernel"], (2 / 768) ** 0.5),
+    (block["mixer"]["key_proj"]["kernel"], (2 / 96) ** 0.5),
+    (block["mixer"]["out_proj"]["kernel"], (1 / 96) ** 0.5),
+    (block["mlp"]["up_proj"]["kernel"], (2 / 96) ** 0.5),
+    (block["mlp"]["down_proj"]["kernel"], (1 / 384) ** 0.5),
+  ):
+    assert abs(np.std(values) / deviation - 1) < 0.05
+  assert p["patch_proj"]["bias"].any()
+
+
 def test_drop_path_leaves_out_whole_branches_of_images_in_training_only():
   x = jnp.ones((400, 1, 2, 3))
   drop = functools.partial(grid_layers.DropPath(0.25).apply, {}, x)
