@@ -127,18 +127,22 @@ def _between(whole, state, reverse, kind):
 
 
 def _within(chunks, between, reverse, incoming, kind):
-  """All states [N C B ...] of chunks that begin at `between`, and each chunk's last."""
+  """All states [N C B ...] of chunks that begin at `between`, and each chunk's last.
+
+  They are written where the inputs were: a loop that fills another array would clear it first.
+  """
   C = chunks.input.shape[1]
 
   def step(i, carry):
     h, states = carry
     at = _at(i, C, reverse)
     pick = lambda x: jax.lax.dynamic_index_in_dim(x, at, 1, keepdims=False)
-    after = affine.apply(jax.tree.map(pick, chunks), h, **kind)
+    element = affine.Affine(*jax.tree.map(pick, chunks._replace(input=states)))
+    after = affine.apply(element, h, **kind)
     put = h if incoming else after
     return after, jax.lax.dynamic_update_index_in_dim(states, put, at, 1)
 
-  ends, h = jax.lax.fori_loop(0, C, step, (between, jnp.zeros_like(chunks.input)))
+  ends, h = jax.lax.fori_loop(0, C, step, (between, chunks.input))
   return h, ends
 
 
