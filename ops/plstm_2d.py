@@ -166,32 +166,37 @@ def _only(needed):
   return supports
 
 
-def _preference(*, q, **arguments):
-  return ["parallel", "wavefront"] if q.shape[1] * q.shape[2] <= 1024 else ["wavefront"]
+def _preference(*, q, structure, **arguments):
+  nodes = q.shape[1] * q.shape[2]
+  if dispatch.platform() == "cpu":
+    # Measured, forward and backward, K = V = 16, four runs: equal at 24 x 24, where pairs cost as
+    # much as states; a fourth of the time at 8 x 8. A node's states stay in the cache.
+    return ["parallel"] if nodes <= 576 else ["recurrent"]
+  # Not measured: matrix units favour pairs for longer, and many small steps cost more than work.
+  own = {"separable": ["separable"], "merged": ["merged"]}.get(structure, [])
+  return ["parallel"] if nodes <= 1024 else [*own, "chunked"]
 
 
 dispatch.declare(
   "plstm_2d",
   {
+    "parallel": dispatch.Implementation(
+      plstm_2d_dense.parallel, dispatch.anything, "all pairs of nodes, one pass for four runs"
+    ),
     "recurrent": dispatch.Implementation(
       plstm_2d_scans.recurrent, dispatch.anything, "Y X steps, least memory"
     ),
     "wavefront": dispatch.Implementation(
       plstm_2d_scans.wavefront, dispatch.anything, "Y + X steps, work linear in the nodes"
     ),
-    "separable": dispatch.Implementation(
-      plstm_2d_scans.separable, _only("separable"), "Y steps, then X steps, no state turns twice"
-    ),
-    "merged": dispatch.Implementation(
-      plstm_2d_scans.merged, _only("merged"), "the wavefront with half of the states"
-    ),
     "chunked": dispatch.Implementation(
       plstm_2d_chunked.chunked, dispatch.anything, "pairs inside blocks, states between them"
     ),
-    "parallel": dispatch.Implementation(
-      plstm_2d_dense.parallel,
-      dispatch.anything,
-      "scores of all pairs of nodes, one pass for 4 runs",
+    "separable": dispatch.Implementation(
+      plstm_2d_scans.separable, _only("separable"), "Y + X steps, no state turns twice"
+    ),
+    "merged": dispatch.Implementation(
+      plstm_2d_scans.merged, _only("merged"), "the wavefront with half of the states"
     ),
   },
   _preference,

@@ -278,6 +278,33 @@ def test_errors_name_the_argument():
     call(chunk_size=0)
 
 
+@pytest.mark.parametrize(
+  ("platform", "side", "structure", "form"),
+  [
+    ("cpu", 24, "merged", "parallel"),
+    ("cpu", 25, "separable", "recurrent"),
+    ("gpu", 32, "general", "parallel"),
+    ("gpu", 33, "general", "chunked"),
+    ("gpu", 33, "separable", "separable"),
+    ("tpu", 33, "merged", "merged"),
+  ],
+)
+def test_what_runs_by_itself(platform, side, structure, form, capsys):
+  shapes = jax.eval_shape(lambda: {name: jnp.zeros(x) for name, x in sizes(side).items()})
+  with dispatch.for_platform(platform):
+    text = ops.explain(ops.plstm_2d, **shapes, structure=structure)
+  assert f"  {form:<10} runs (" in text
+
+
+def sizes(side):
+  gate = (1, side, side, 4, H)
+  return {
+    **dict.fromkeys(("q", "k", "v"), (1, side, side, H, K)),
+    "source": (*gate, 2), "transition": (*gate, 2, 2), "mark": (*gate, 2),
+    "direct": (1, side, side, H),
+  }  # fmt: skip
+
+
 def test_every_form_is_tested():
   forms = set(dispatch._declared["plstm_2d"][0])
   assert forms == {form for forms in OF_ITS_OWN.values() for form in forms}
