@@ -38,6 +38,7 @@ def _vit(config):
   config.model.pattern = ("attention",)
   config.model.position_embedding = True
   config.model.grid = (8, 8)
+  config.model.position_scale = 0.3
 
 
 def _only(mode):

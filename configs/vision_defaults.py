@@ -18,10 +18,12 @@ def get_config(arg=None):
   model.pattern = ("plstm_p", "plstm_d")  # kinds of block, repeated until there are L
   model.position_embedding = True  # adds a learnt vector to each token, resized to any grid
   model.grid = (14, 14)  # rows and columns of the position embedding, tokens
+  model.position_scale = 0.02  # standard deviation of the initial position embedding
   model.pooling = (
     "corners"  # corners (four tokens side by side), mean, or none: logits of each token
   )
   model.mlp_ratio = 4.0  # width of the MLP in multiples of D, rounded up to 64; 0 leaves it out
+  model.init_variance = 0.4  # of initial weights, in multiples of 1 / inputs; 1 for few blocks
   model.drop_path = 0.0  # probability that training leaves out a branch of an image
   model.norm_epsilon = 1e-5  # of the norms before mixers, MLPs and head
   model.remat = (

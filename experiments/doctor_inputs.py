@@ -284,6 +284,20 @@ def _ssd(family, rng, shape):
   }
 
 
+def _plstm(family, rng, shape):
+  """Transitions of either sign, as far from 1 as the family's decays."""
+  heads, size = (B, shape.T, H, shape.K), (B, shape.T, H)
+  return {
+    "q": values(family.query, rng, heads),
+    "k": keys(family.key, rng, heads, unit=False),
+    "v": values(family.value, rng, (B, shape.T, H, V)),
+    "source": rng.uniform(0.0, 1.0, size=size),
+    "transition": np.exp(gates(family.gate, rng, size)) * np.where(rng.random(size) < 0.3, -1, 1),
+    "mark": rng.uniform(0.0, 1.0, size=size),
+    "direct": rng.uniform(0.0, 1.0, size=size),
+  }
+
+
 def _attention_oracle(q, k, v, g=None, beta=None, **options):
   if g is not None and g.ndim == 1:
     g = jnp.broadcast_to(g, v.shape[:3])
@@ -355,4 +369,6 @@ SUBJECTS = (
   _front("delta_rule", ("beta",), (16, 63, 257), delta=True),
   _front("gated_delta_rule", (*_DECAY, "beta"), (17, 65, 1000), gate="head", delta=True),
   _front("kda", (*_DECAY, "gate over channels", "beta"), (16, 64, 257), gate="channel", delta=True),
+  _front("plstm_1d", _DECAY, (17, 65, 1000), draw=_plstm, oracle=reference.plstm_1d,
+         factors=dict.fromkeys(("source", "transition", "mark", "direct"), _per_head)),
 )  # fmt: skip

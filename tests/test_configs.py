@@ -100,7 +100,7 @@ def test_fields_and_defaults_are_the_dataclasses(name):
 def test_fields_and_defaults_of_vision_mixers_are_the_dataclasses(name):
   module, changed = vision.MIXERS[name]
   group = get("vision_defaults").model[name]
-  check_defaults(group, module.Config, {"D", "L", "dtype", *changed}, {})
+  check_defaults(group, module.Config, {"D", "L", "dtype", "init_variance", *changed}, {})
 
 
 def check_defaults(group, dataclass, elsewhere, changed):
