@@ -16,7 +16,8 @@ from tests.quick_compilation import quick_compilation as quick_compilation
 
 B, H, K, V = 2, 2, 3, 2
 GENERAL = ("recurrent", "wavefront", "chunked", "parallel")
-OF_ITS_OWN = {"general": GENERAL, "separable": ("separable",), "merged": ("merged",)}  # code
+# By structure, the forms that have code of their own for it.
+OF_ITS_OWN = {"general": GENERAL, "separable": ("separable",), "merged": ("merged",)}
 
 
 @functools.cache
