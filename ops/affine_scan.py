@@ -6,17 +6,19 @@ each chunk as a whole, the states between chunks, the states within. No product 
 transitions is ever formed.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool
 
 from ops import affine, dispatch
 from ops.precision import varying_like
 from ops.segments import where_mask
 
-CACHED = 2**17  # numbers per array that a CPU caches along with the others of a solution
+CACHED = 2**15  # numbers per array that a CPU caches along with the others of a solution
 
 
 class Plan(NamedTuple):
@@ -91,19 +93,30 @@ def affine_scan(
     The states [W B ...], and the last one [B ...].
   """
   state = varying_like(state, *elements)
+  solve = _associative if dispatch.platform() == "gpu" else functools.partial(_chunked, C=C)
   with jax.default_matmul_precision("highest"):
-    if dispatch.platform() == "gpu":
-      return _associative(elements, state, reverse, incoming, kind)
-    W = elements.input.shape[0]
-    chunks = jax.tree.map(lambda x: x.reshape(W // C, C, *x.shape[1:]), elements)
-    if C == W:
-      last, between = None, state[None]
-    else:
-      last, between = _between(_whole(chunks, reverse, kind), state, reverse, kind)
-    h, ends = _within(chunks, between, reverse, incoming, kind)
-    return h.reshape(elements.input.shape), ends[0] if last is None else last
+    h = solve(elements, state, reverse=reverse, kind=kind)
+  last = h[0] if reverse else h[-1]
+  if incoming:
+    h = jnp.concatenate([h[1:], state[None]] if reverse else [state[None], h[:-1]])
+  return h, last
 
 
+def _associative(elements, state, *, reverse, kind):
+  """In log W steps, each over everything."""
+  compose = lambda earlier, later: affine.compose(earlier, later, **kind)
+  prefix = jax.lax.associative_scan(compose, elements, reverse=reverse)
+  return affine.apply(prefix, jnp.broadcast_to(state, elements.input.shape), **kind)
+
+
+def _chunked(elements, state, *, C, reverse, kind):
+  W = elements.input.shape[0]
+  chunks = jax.tree.map(lambda x: x.reshape(W // C, C, *x.shape[1:]), elements)
+  between = state[None] if C == W else _between(_whole(chunks, reverse, kind), state, reverse, kind)
+  return _within(chunks, between, reverse, kind).reshape(elements.input.shape)
+
+
+# The loops count in unsigned numbers: of others XLA asks at every step whether they are negative.
 def _at(i, C, reverse):
   return C - 1 - i if reverse else i
 
@@ -117,19 +130,20 @@ def _whole(chunks, reverse, kind):
     return affine.compose(whole, jax.tree.map(pick, chunks), **kind)
 
   first = affine.identity(jax.tree.map(lambda x: x[:, 0], chunks), **kind)
-  return jax.lax.fori_loop(0, C, step, first)
+  return jax.lax.fori_loop(np.uint32(0), np.uint32(C), step, first)
 
 
 def _between(whole, state, reverse, kind):
-  """The last state of all, and those before each chunk, [N B ...]."""
+  """The states before each chunk, [N B ...]."""
   step = lambda h, element: (affine.apply(element, h, **kind), h)
-  return jax.lax.scan(step, state, whole, reverse=reverse)
+  return jax.lax.scan(step, state, whole, reverse=reverse)[1]
 
 
-def _within(chunks, between, reverse, incoming, kind):
-  """All states [N C B ...] of chunks that begin at `between`, and each chunk's last.
+def _within(chunks, between, reverse, kind):
+  """All states [N C B ...] of chunks that begin at `between`.
 
-  They are written where the inputs were: a loop that fills another array would clear it first.
+  They are written where the inputs were, each after the input has been read: a loop that fills
+  another array would clear it first.
   """
   C = chunks.input.shape[1]
 
@@ -137,21 +151,7 @@ def _within(chunks, between, reverse, incoming, kind):
     h, states = carry
     at = _at(i, C, reverse)
     pick = lambda x: jax.lax.dynamic_index_in_dim(x, at, 1, keepdims=False)
-    element = affine.Affine(*jax.tree.map(pick, chunks._replace(input=states)))
-    after = affine.apply(element, h, **kind)
-    put = h if incoming else after
-    return after, jax.lax.dynamic_update_index_in_dim(states, put, at, 1)
+    h = affine.apply(jax.tree.map(pick, chunks._replace(input=states)), h, **kind)
+    return h, jax.lax.dynamic_update_index_in_dim(states, h, at, 1)
 
-  ends, h = jax.lax.fori_loop(0, C, step, (between, chunks.input))
-  return h, ends
-
-
-def _associative(elements, state, reverse, incoming, kind):
-  """In log W steps, each over everything."""
-  compose = lambda earlier, later: affine.compose(earlier, later, **kind)
-  prefix = jax.lax.associative_scan(compose, elements, reverse=reverse)
-  h = affine.apply(prefix, jnp.broadcast_to(state, elements.input.shape), **kind)
-  last = h[0] if reverse else h[-1]
-  if incoming:
-    h = jnp.concatenate([h[1:], state[None]] if reverse else [state[None], h[:-1]])
-  return h, last
+  return jax.lax.fori_loop(np.uint32(0), np.uint32(C), step, (between, chunks.input))[1]

@@ -18,7 +18,7 @@ from ops.newton_cells import (
   guess_state_shape,
   value_and_jacobian,
 )
-from ops.newton_solve import Options, Tokens, iteration, recurrent
+from ops.newton_solve import Options, Tokens, initial_guess, iteration, recurrent
 
 NEUTRAL = 0.01  # nats per token: above this a Lyapunov exponent counts as positive
 
@@ -164,9 +164,9 @@ def _course(cell, options, plan, params, x, state):
   real = to_windows(jnp.ones(jax.tree.leaves(x)[0].shape[:2], bool), plan)[0]
   window = jax.tree.map(lambda leaf: to_windows(leaf, plan, edge=True)[0], x)
   tokens = Tokens(window, real if plan.filled else None, None)
-  guess, iterate, residual = iteration(
-    cell, options, plan, cell.limits(state), params, tokens, state
-  )
+  limits = cell.limits(state)
+  guess = initial_guess(cell, limits, params, tokens, state, len(real))
+  iterate, residual = iteration(cell, options, plan, limits, params, tokens, guess, state)
   mask = real.reshape(real.shape + (1,) * (truth.ndim - 2))
   measure = lambda h: (residual(h), jnp.max(jnp.where(mask, jnp.abs(h - truth), 0)))
 
@@ -187,8 +187,7 @@ def _trajectory(cell, params, x, state):
 
 
 def _falsehoods(cell, params, x, state, previous, seed) -> tuple[str, ...]:
-  merge = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])
-  h, tokens = merge(previous), jax.tree.map(merge, x)
+  h, tokens = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (previous, x))
   found = [false_structure(cell, params, h, tokens)] if cell.structure != "dense" else []
   if cell.jacobian is not None:
     found.append(_false_jacobian(cell, params, h, tokens))
@@ -281,8 +280,7 @@ def _gradient_error(cell, params, x, state, iterations, seed) -> float:
 
   size = lambda g: float(jnp.max(jnp.abs(g)))
   pairs = zip(gradients("parallel"), gradients("recurrent"))
-  errors = [size(a - b) / max(size(b), 1e-30) for a, b in pairs if size(b) > 0 or size(a) > 0]
-  return float(np.max(errors)) if errors else 0.0
+  return float(np.max([size(a - b) / max(size(b), 1e-30) for a, b in pairs]))
 
 
 def _verdict(falsehoods, needed, iterations, error, lyapunov, gradient_error, tolerance):

@@ -81,12 +81,13 @@ def _align(mask, like):
 def solve(cell, options, plan, params, tokens, state):
   """All states [S W B ...] and a `Report`; under "fallback" the loop's where Newton's are bad."""
   limits = cell.limits(state)
+  guess = initial_guess(cell, limits, params, tokens, state, plan.S, plan.N * plan.C)
 
   def step(state, window):
-    h, residual, count = _newton(cell, options, plan, limits, params, window, state)
+    h, residual, count = _newton(cell, options, plan, limits, params, *window, state)
     return h[-1], (h, residual, count)
 
-  _, (h, residuals, counts) = jax.lax.scan(step, state, tokens)
+  _, (h, residuals, counts) = jax.lax.scan(step, state, (tokens, guess))
   residual, fell_back = jnp.max(residuals), jnp.zeros((), bool)
   if options.policy == "fallback":
     fell_back = ~(residual <= options.limit)
@@ -108,36 +109,25 @@ def _solve_forward(cell, options, plan, params, tokens, state):
 
 def _solve_backward(cell, options, plan, residuals, cotangents):
   params, tokens, state, h = residuals
-  states = jnp.concatenate([state[None], h[:-1, -1]])  # before each window
-
-  def step(carry, window):
-    from_right, d_params = carry
-    tokens, state, h, g = window
-    previous = before(h, state, tokens.start)
-    from_right, more, d_x = _adjoint(cell, plan, params, tokens, previous, g, from_right)
-    return (from_right, jax.tree.map(jnp.add, d_params, more)), d_x
-
-  nothing = jax.tree.map(jnp.zeros_like, _floating(params))
-  (d_state, d_params), d_x = jax.lax.scan(
-    step, (jnp.zeros_like(state), nothing), (tokens, states, h, cotangents[0]), reverse=True
-  )
-  return d_params, Tokens(d_x, None, None), d_state
-
-
-solve.defvjp(_solve_forward, _solve_backward)
-
-
-def _adjoint(cell, plan, params, tokens, previous, g, from_right):
-  """What a window sends to the state before it, to the parameters and to its x."""
+  # One window of all tokens: nothing is evaluated more than once.
+  flat = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])
+  tokens, h, g = jax.tree.map(flat, (tokens, h, cotangents[0]))
+  previous = before(h, state, tokens.start)
   J = transpose(cell, _jacobian(cell, params, previous, tokens)[1])
   elements = affine.Affine(J, product(cell, J, g))
   if tokens.start is not None:
     elements = affine.reset(elements, tokens.start)
     elements = elements._replace(input=where_mask(~tokens.start, elements.input))
-  incoming, to_left = _scan_linear(cell, plan, elements, from_right, reverse=True, incoming=True)
+  nothing = jnp.zeros_like(state)
+  incoming, d_state = _scan_linear(cell, plan, elements, nothing, reverse=True, incoming=True)
   l = g + incoming
   l = l if tokens.real is None else where_mask(tokens.real, l)
-  return to_left, *_pull_back(cell, params, tokens.x, previous, l)
+  d_params, d_x = _pull_back(cell, params, tokens.x, previous, l)
+  d_x = jax.tree.map(lambda leaf: leaf.reshape(plan.S, -1, *leaf.shape[1:]), d_x)
+  return d_params, Tokens(d_x, None, None), d_state
+
+
+solve.defvjp(_solve_forward, _solve_backward)
 
 
 def _pull_back(cell, params, x, previous, l):
@@ -174,9 +164,22 @@ def _filled_in(floating, tree):
   )
 
 
-def _newton(cell, options, plan, limits, params, tokens, state):
+def initial_guess(cell, limits, params, tokens, state, *leading):
+  """f(0, x) within the limits, for tokens [*leading B ...]; of all windows at once, for in a loop
+  that cuts windows out XLA does not vectorise it for CPUs."""
+  h = jnp.zeros((*leading, *state.shape), state.dtype)
+  guess = _clip(cell.step(params, h, tokens.x), limits)
+  guess = guess if tokens.real is None else where_mask(tokens.real, guess)
+  return varying_like(guess, state)
+
+
+def _clip(h, limits):
+  return h if limits is None else jnp.clip(h, -limits, limits)
+
+
+def _newton(cell, options, plan, limits, params, tokens, guess, state):
   """Newton's states in a window, their residual, and the iterations made."""
-  guess, iterate, residual = iteration(cell, options, plan, limits, params, tokens, state)
+  iterate, residual = iteration(cell, options, plan, limits, params, tokens, guess, state)
   if options.tolerance is None:
     h = jax.lax.fori_loop(0, options.iterations, lambda _, h: iterate(h), guess)
     return h, residual(h), jnp.asarray(options.iterations, jnp.int32)
@@ -193,23 +196,17 @@ def _newton(cell, options, plan, limits, params, tokens, state):
   return jax.lax.while_loop(unfinished, advance, first)
 
 
-def iteration(cell, options, plan, limits, params, tokens, state):
-  """Of a window: the guess f(0, x), and two functions of an iterate: the next, its residual."""
-  clip = lambda h: h if limits is None else jnp.clip(h, -limits, limits)
-  shape = (*jax.tree.leaves(tokens.x)[0].shape[:2], *state.shape[1:])
-  guess = clip(cell.step(params, jnp.zeros(shape, state.dtype), tokens.x))
-  guess = varying_like(guess, state)
-  if tokens.real is not None:
-    guess = where_mask(tokens.real, guess)
+def iteration(cell, options, plan, limits, params, tokens, guess, state):
+  """Two functions of an iterate of a window: the next one, and the residual."""
 
   def iterate(h):
     h = h + options.relaxation * _increment(cell, options, plan, params, tokens, state, h)
-    return clip(jnp.where(jnp.isfinite(h), h, guess))
+    return _clip(jnp.where(jnp.isfinite(h), h, guess), limits)
 
   def residual(h):
     return jnp.max(jnp.abs(_value(cell, params, before(h, state, tokens.start), tokens) - h))
 
-  return guess, iterate, residual
+  return iterate, residual
 
 
 def _increment(cell, options, plan, params, tokens, state, h):
