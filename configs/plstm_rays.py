@@ -23,8 +23,11 @@ def get_config(arg=None):
   config.model.L = 2
   config.model.unroll = 2
   config.model.position_embedding = False
+  config.model.init_variance = 1.0
   config.model.plstm_p.transition_activation = "squared_tanh"
+  config.model.plstm_p.gate_inputs = config.model.plstm_d.gate_inputs = "all"
   config.optim.learning_rate = 3e-3
+  config.schedule.warmup_steps = 200
   config.train.steps = 1200
   config.train.batch_size = 32
   config.eval.lengths = (8, 16)
