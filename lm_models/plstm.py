@@ -214,6 +214,8 @@ class Mixer(nn.Module):
       c.transition_scale * gates["transition"]
     )
     if J > 1:
-      left, right = jnp.moveaxis(orthogonal(gates["rotation"].reshape(*lead, 2, J, J)), -3, 0)
+      # Few axes: on CPUs jaxlib 0.10.2 may crash in sums of seven, as gradients under vmap are.
+      turns = orthogonal(gates["rotation"].reshape(*x.shape[:2], 2 * c.H, J, J))
+      left, right = turns[:, :, ::2], turns[:, :, 1::2]
       return source, (left * transition[..., None, :]) @ right, mark, direct
     return source, transition[..., 0], mark, direct

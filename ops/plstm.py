@@ -183,12 +183,13 @@ def _recurrent(tokens, state, chunk_size, precision):
   def step(state, token):
     q, k, v, source, transition, mark, direct, start = token
     state = state if start is None else where_mask(~start, state)
-    o = contract("bhrik,bhikv->bhrv", outer(mark, q), state, precision)
+    by_rows = state.reshape(*state.shape[:2], -1, state.shape[-1])  # copies and keys
+    o = contract("bhri,bhiv->bhrv", outer(mark, q), by_rows, precision)
     scores = contract("bhrk,bhsk->bhrs", q, k, precision)
     o += contract("bhrs,bhsv->bhrv", scores * direct, v, precision)
-    write = contract("bhsik,bhsv->bhikv", outer(jnp.swapaxes(source, 2, 3), k), v, precision)
-    state = contract("bhij,bhjkv->bhikv", transition, state) + write
-    return state, o
+    write = contract("bhsi,bhsv->bhiv", outer(jnp.swapaxes(source, 2, 3), k), v, precision)
+    kept = contract("bhij,bhjkv->bhikv", transition, state)
+    return kept + write.reshape(state.shape), o
 
   by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
   state, o = jax.lax.scan(step, state, by_time)

@@ -62,9 +62,12 @@ def contract(equation, x, y, precision=jax.lax.Precision.HIGHEST):
   return jnp.einsum(equation, x, y, precision=precision)
 
 
-def outer(gate: Float[Array, "*n J"], x: Float[Array, "*n K"]) -> Float[Array, "*n J K"]:
+def outer(gate: Float[Array, "*n H c J"], x: Float[Array, "*n H c K"]) -> Float[Array, "*n H c JK"]:
   """What each copy of the state has to do with x."""
-  return gate[..., None] * x[..., None, :]
+  # Few axes: on CPUs jaxlib 0.10.2 may crash in the sums of seven that gradients under vmap are.
+  merge = lambda y: y.reshape(*y.shape[:-3], -1, y.shape[-1])
+  y = merge(gate)[..., None] * merge(x)[..., None, :]
+  return y.reshape(*gate.shape[:-1], -1)
 
 
 def parallel(tokens, state, chunk_size, precision):
@@ -124,9 +127,8 @@ def _chunks(precision, state, tokens):
   scores = contract("nbhrk,nbhsk->nbhrs", q, k, precision) * block.gating
   sources = _masked(block.sent, outer(jnp.swapaxes(block.source, -1, -2), k))
   marks = _masked(block.reached, outer(block.mark, q))
-  merge = lambda x: x.reshape(*x.shape[:-2], -1)  # copies and keys
   # Also v, for 0 times what overflows in a later document is not 0 on the way back.
-  writes = contract("nbhsi,nbhsv->nbhiv", merge(sources), _masked(block.sent, v), precision)
+  writes = contract("nbhsi,nbhsv->nbhiv", sources, _masked(block.sent, v), precision)
   writes = writes.reshape(*writes.shape[:3], *state.shape[2:])
 
   def step(state, chunk):
@@ -136,7 +138,7 @@ def _chunks(precision, state, tokens):
 
   state, before = jax.lax.scan(step, state, (block.transition, block.passed, writes))
   before = before.reshape(*before.shape[:3], -1, before.shape[-1])
-  read = contract("nbhri,nbhiv->nbhrv", merge(marks), before, precision)
+  read = contract("nbhri,nbhiv->nbhrv", marks, before, precision)
   o = contract("nbhrs,nbhsv->nbhrv", scores, v, precision)
   return state, o + _masked(block.reached, read)
 
