@@ -1,4 +1,4 @@
-"""Parity of 32 bits by pLSTM, whose transitions may change the sign of a state, evaluated at 256 too.
+"""Parity of 32 bits, evaluated at 256 too, by pLSTM, whose transitions may change a state's sign.
 
 python run.py --config=configs/plstm_parity.py
 python run.py --config=configs/plstm_parity.py:sigmoid

@@ -60,7 +60,9 @@ def newton_scan(
     window: solve so many tokens at a time, each window from the last state of the one before.
     policy: where the residual exceeds `limit` or is not a number: "ignore"; "warn" (print, once
       per call); "fallback" (the sequential scan's states, bit for bit); "nan" (everything NaN).
-      Under `jax.vmap` "fallback" computes both and selects: map over the batch axis instead.
+      Under `jax.vmap` "fallback" computes both and selects: map over the batch axis instead. A
+      chaotic cell has states that solve the recurrence to rounding and are not the loop's: no
+      residual tells them apart, `ops.check_cell` does.
     limit: of the residual, in units of the state.
     report: also return a `Report`.
 
@@ -75,6 +77,8 @@ def newton_scan(
     iterations, tolerance, method, damping, relaxation, window, policy, limit
   )  # fmt: skip
   _check_options(options)
+  if not isinstance(cell, Cell):
+    raise ValueError(f"cell is a {type(cell).__name__}, expected an ops.Cell(step, structure)")
   params, x = jax.tree.map(jnp.asarray, (params, x))
   rows, length = _check_tokens(x, segment_ids)
   dtype = floating_dtype(params, x, initial_state)

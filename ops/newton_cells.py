@@ -38,7 +38,8 @@ class Cell:
     box: states stay within |h| <= box, or within max(box, |initial_state|) where that is larger;
       one number, or for "block" one for each of the M (`math.inf` where there is no bound); None
       is no bound. Newton's iterates are clipped to it, which is what makes them converge for
-      cells that switch.
+      cells that switch; with a box that is false they are wrong, as the residual and
+      `ops.check_cell` tell.
     jacobian: jacobian(params, h, x) -> J in the layout above, if there is a faster way than by
       `jax.jvp`. The backward pass never uses it.
     state_shape: (D,) or (M, D), or a function of params that returns it: needed only where no
@@ -70,7 +71,9 @@ class Cell:
     if self.box is None:
       return None
     box = jnp.asarray(self.box, state.dtype)
-    return jnp.maximum(box[..., None] if isinstance(self.box, tuple) else box, jnp.abs(state))
+    # What is not a number widens no box: one row's documents would share it.
+    size = jnp.where(jnp.isnan(state), 0, jnp.abs(state))
+    return jnp.maximum(box[..., None] if isinstance(self.box, tuple) else box, size)
 
 
 def value_and_jacobian(
@@ -151,7 +154,8 @@ def guess_state_shape(cell: Cell, params: Any, x: Any) -> tuple[int, ...]:
   """
   if cell.state_shape is not None:
     return tuple(cell.state_shape(params) if callable(cell.state_shape) else cell.state_shape)
-  rows = jax.tree.leaves(x)[0].shape[0]
+  # No other size is like this many rows: a shape that the rows broadcast into is told by it.
+  rows, x = _many_rows(params, x)
   dtype = floating_dtype(params, x)
   widths = {n for leaf in jax.tree.leaves((params, x)) for n in (*leaf.shape[-1:], leaf.size)}
   for M in (2, 3, 4) if cell.structure == "block" else (None,):
@@ -160,9 +164,12 @@ def guess_state_shape(cell: Cell, params: Any, x: Any) -> tuple[int, ...]:
       for _ in range(2):  # a width of 1 becomes what the cell makes of it
         h = jax.ShapeDtypeStruct((rows, *shape), dtype)
         try:
-          new = jax.eval_shape(cell.step, params, h, x).shape[1:]
+          new = jax.eval_shape(cell.step, params, h, x)
         except (TypeError, ValueError, IndexError):
           break
+        if not hasattr(new, "shape") or new.shape[:1] != (rows,) or rows in new.shape[1:]:
+          break
+        new = new.shape[1:]
         if new == shape:
           return shape
         if len(new) != len(shape) or new[:-1] != shape[:-1]:
@@ -172,6 +179,13 @@ def guess_state_shape(cell: Cell, params: Any, x: Any) -> tuple[int, ...]:
     "initial_state is None and the shape of a state cannot be guessed: give the one or the cell's"
     " state_shape"
   )
+
+
+def _many_rows(*trees: Any) -> tuple[int, Any]:
+  """A number of rows that is no size in the trees, and the last tree [B ...] with so many."""
+  rows = 1 + max(n for leaf in jax.tree.leaves(trees) for n in (1, *leaf.shape))
+  widen = lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
+  return rows, jax.tree.map(widen, trees[-1])
 
 
 def floating_dtype(*trees: Any):
@@ -186,8 +200,13 @@ def check_step(cell: Cell, params: Any, state: Any, x: Any):
   Only shapes and dtypes are read: the promise is tried on random numbers, for `x` one token per
   row.
   """
-  new = jax.eval_shape(cell.step, params, state, x)
-  show = lambda s: f"{s.dtype}{list(s.shape)}"
+  _, (state, x) = _many_rows(params, (state, x))
+  show = lambda s: f"{s.dtype}{['B', *s.shape[1:]]}".replace("'", "")
+  try:
+    new = jax.eval_shape(cell.step, params, state, x)
+  except (TypeError, ValueError, IndexError) as error:
+    reason = " ".join(str(error).split())
+    raise ValueError(f"cell.step cannot take a state of {show(state)}: {reason}") from error
   if not hasattr(new, "shape") or (new.shape, new.dtype) != (state.shape, state.dtype):
     shown = show(new) if hasattr(new, "shape") else type(new).__name__
     raise ValueError(f"cell.step returns {shown} for a state of {show(state)}, expected its like")
@@ -207,26 +226,41 @@ def _complaint(cell, treedef, kinds) -> str | None:
   """What is false about the structure, on random numbers of these shapes."""
   rng = np.random.default_rng(0)
 
-  def draw(shape, dtype):
-    if not jnp.issubdtype(dtype, jnp.floating):
-      return np.zeros(shape, dtype)
+  def normal(shape):
     fan_in = math.prod(shape[-2:-1]) if len(shape) > 1 else 1
-    return np.asarray(rng.normal(size=shape) / np.sqrt(max(fan_in, 1)), dtype)
+    return rng.normal(size=shape) / np.sqrt(max(fan_in, 1))
 
-  params, h, x = jax.tree.unflatten(treedef, [draw(*kind) for kind in kinds])
-  with jax.ensure_compile_time_eval():
-    return false_structure(cell, params, h, x)
+  # Second, numbers that have a logarithm and a root, and so has one less each.
+  for draw in (normal, lambda shape: rng.uniform(0.1, 0.9, size=shape)):
+    drawn = [
+      np.asarray(draw(shape), dtype)
+      if jnp.issubdtype(dtype, jnp.floating)
+      else np.zeros(shape, dtype)
+      for shape, dtype in kinds
+    ]
+    params, h, x = jax.tree.unflatten(treedef, drawn)
+    with jax.ensure_compile_time_eval():
+      if all(np.isfinite(change).all() for change in _changes(cell, params, h, x)):
+        return false_structure(cell, params, h, x)
+  return None
 
 
-def false_structure(cell: Cell, params: Any, h: Any, x: Any) -> str | None:
-  """What is false about `cell.structure` at these h [B ...] and x [B ...]; None if nothing is."""
+def _changes(cell: Cell, params: Any, h: Any, x: Any) -> tuple[np.ndarray, np.ndarray]:
+  """By how much the new state changes in a random direction of the old one: in truth, and
+  according to the Jacobian in the layout of the cell's structure."""
   v = np.asarray(np.random.default_rng(1).normal(size=h.shape), h.dtype)
 
   def both(params, h, x, v):
     actual = jax.jvp(lambda h: cell.step(params, h, x), (h,), (v,))[1]
     return actual, product(cell, value_and_jacobian(cell, params, h, x)[1], v)
 
-  actual, declared = map(np.asarray, jax.jit(both)(params, h, x, v))
+  actual, declared = jax.jit(both)(params, h, x, v)
+  return np.asarray(actual), np.asarray(declared)
+
+
+def false_structure(cell: Cell, params: Any, h: Any, x: Any) -> str | None:
+  """What is false about `cell.structure` at these h [B ...] and x [B ...]; None if nothing is."""
+  actual, declared = _changes(cell, params, h, x)
   scale = np.abs(actual).max() + np.abs(declared).max()
   if not np.abs(actual - declared).max() > 1e-3 * scale:
     return None

@@ -89,12 +89,32 @@ def solve(cell, options, plan, params, tokens, state):
 
   _, (h, residuals, counts) = jax.lax.scan(step, state, (tokens, guess))
   residual, fell_back = jnp.max(residuals), jnp.zeros((), bool)
-  if options.policy == "fallback":
+  if options.policy != "fallback":
+    spoil = lambda: _spoil(cell, plan, params, tokens, state, h)
+    h = jax.lax.cond(jnp.isfinite(residual), lambda: h, spoil)
+  else:
     fell_back = ~(residual <= options.limit)
     h = jax.lax.cond(
       fell_back, lambda: _loop(cell, options, plan, params, tokens, state), lambda: h
     )
   return h, Report(residual.astype(jnp.float32), jnp.max(counts), fell_back)
+
+
+def _spoil(cell, plan, params, tokens, state, h):
+  """NaN from where a document's states are not finite to its end, as in the loop: iterates put
+  finite guesses there."""
+  flat = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])
+  tokens, y = jax.tree.map(flat, (tokens, h))
+  value = _value(cell, params, before(y, state, tokens.start), tokens)
+  bad = ~(jnp.isfinite(value) & jnp.isfinite(y))
+  if cell.structure != "diagonal":  # what is coupled goes together
+    bad = jnp.broadcast_to(bad.any(-1 if cell.structure == "dense" else -2, keepdims=True), y.shape)
+  places = jnp.arange(len(y)).reshape(-1, *(1,) * (y.ndim - 1))
+  last = jax.lax.cummax(jnp.where(bad, places, -1), axis=0)
+  begin = jnp.zeros((), places.dtype)
+  if tokens.start is not None:
+    begin = jax.lax.cummax(jnp.where(_align(tokens.start, y), places, 0), axis=0)
+  return jnp.where(last >= begin, jnp.nan, y).reshape(h.shape)
 
 
 def _loop(cell, options, plan, params, tokens, state):

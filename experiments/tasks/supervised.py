@@ -26,6 +26,7 @@ class Supervised:
 
   tokens_per_byte = None
   binary = False  # whether F1 of class 1 is measured too
+  fields = ()  # of the group `data`, those of examples and scale that mean something
 
   def __init__(self, config):
     self.config = config
@@ -34,6 +35,16 @@ class Supervised:
     if any(not isinstance(length, int) or length < 1 for length in config.eval.lengths):
       raise UserError(f"eval.lengths is {config.eval.lengths}, must be of ints of at least 1")
     self.best_metric = f"validation/loss/{self.length}"
+    seed, data = config.train.seed, config.data
+    if any(0 <= seed - first < len(self.lengths) for first in FIRST_SEED.values()):
+      raise UserError(
+        f"train.seed is {seed}, with which examples are made to evaluate: take another"
+      )
+    for field, neutral in (("examples", 0), ("scale", 1.0)):
+      if field not in self.fields and data[field] != neutral:
+        raise UserError(
+          f"data.{field} is {data[field]}, must be {neutral} with data.name={data.name!r}"
+        )
 
   # Of each task: its length in training, the batches of any length, and its model's logits.
 
@@ -249,6 +260,7 @@ class Arrow(_Images):
 
   unit = "images"
   arrays: ClassVar[dict[str, int]] = {"images": 4, "targets": 1}
+  fields = ("examples", "scale")
   targets_per_row = 1
   channels = 3
 
@@ -263,6 +275,7 @@ class ArrowTokens(Arrow):
   """The same scenes on a grid of tokens, of which one holds the arrow and one the disc."""
 
   channels = len(TOKEN_CHANNELS)
+  fields = ()
 
   def batches(self, length, rows, seed, examples, part):
     return ArrowTokenBatches(rows, length, seed, part)

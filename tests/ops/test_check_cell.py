@@ -74,7 +74,7 @@ def test_true_structures_pass_whatever_the_width():
   ("step", "structure", "message"),
   [
     (cells.gru, "tridiagonal", "structure is 'tridiagonal'"),
-    (lambda params, h, x: h[..., :1], "diagonal", r"returns float32\[2, 1\] for a state of"),
+    (lambda params, h, x: h[..., :1], "diagonal", r"returns float32\[B, 1\] for a state of"),
     (lambda params, h, x: (h, h), "diagonal", "cell.step returns tuple"),
   ],
 )

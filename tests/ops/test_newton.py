@@ -317,3 +317,42 @@ def test_mistakes_are_named(options, message):
   params, x, _ = narrow(draw("diagonal", 2, 4))
   with pytest.raises(ValueError, match=message):
     newton_scan(cells.GRU, params, x, **{"initial_state": jnp.zeros((2, D)), **options})
+
+
+@pytest.mark.parametrize("box", [None, 1.0])
+@pytest.mark.parametrize("where", ["input", "initial state"])
+def test_nan_goes_as_far_as_in_the_loop_and_no_further(box, where):
+  cell = ops.Cell(lambda a, h, x: jnp.tanh(a * h + x), "diagonal", box)
+  rng = np.random.default_rng(0)
+  x, state = rng.normal(size=(2, 30, 3)).astype(np.float32), np.zeros((2, 3), np.float32)
+  if where == "input":
+    x[0, 12, 1] = np.nan
+  else:
+    state[0, 2] = np.nan
+  ids = np.repeat([0, 1, 2], [10, 10, 10])[None].repeat(2, 0).astype(np.int32)
+  x, state, ids = map(jnp.asarray, (x, state, ids))
+  scan = lambda **options: ops.newton_scan(
+    cell, jnp.float32(0.5), x, initial_state=state, segment_ids=ids, **options
+  )
+  expected = scan(implementation="recurrent")
+  assert np.isnan(expected[0]).sum() == (8 if where == "input" else 10)
+  actual = scan(implementation="parallel", iterations=10, window=8)
+  np.testing.assert_allclose(actual[0], expected[0], atol=1e-5)
+  np.testing.assert_allclose(actual[1], expected[1], atol=1e-5)
+
+
+def test_a_state_is_not_guessed_from_the_number_of_rows():
+  x = jnp.ones((3, 8))
+  with pytest.raises(ValueError, match="the shape of a state cannot be guessed"):
+    ops.newton_scan(ops.Cell(lambda p, h, x: jnp.tanh(p * h + x), "diagonal"), 0.5, x)
+  with pytest.raises(ValueError, match="step cannot take a state of"):
+    ops.newton_scan(
+      ops.Cell(lambda p, h, x: jnp.tanh(p * h + x), "diagonal"), 0.5, x, initial_state=x[:, :3]
+    )
+
+
+def test_a_false_structure_is_found_where_half_of_all_numbers_have_no_root():
+  step = lambda p, h, x: jnp.tanh(jnp.sqrt(p["s"]) * (h @ p["m"]) + x)
+  params = {"s": jnp.float32(0.5), "m": jnp.ones((3, 3))}
+  with pytest.raises(ValueError, match="channels mix"):
+    ops.newton_scan(ops.Cell(step, "diagonal"), params, jnp.ones((2, 4, 3)))

@@ -114,6 +114,8 @@ def test_batches_go_on_where_they_stopped_and_only_there():
     (lambda: parity(data__supervise="some"), r"supervise='some'"),
     (lambda: rays(eval__lengths=(0,)), r"eval.lengths is \(0,\), must be of ints of at least 1"),
     (lambda: rays(model__channels=3), r"model.channels is 3, must be 5 with data.name='rays'"),
+    (lambda: rays(data__examples=16), r"data.examples is 16, must be 0 with data.name='rays'"),
+    (lambda: parity(train__seed=200_042), r"train.seed is 200042, with which examples are made"),
     (lambda: rays(model__patch=2), r"model.patch is 2, must be 1"),
     (lambda: rays(model__pooling="mean"), r"model.pooling is 'mean', must be 'none'"),
     (lambda: parity(model__vocab_size=1), r"model.vocab_size is 1, must be at least 2 for parity"),
