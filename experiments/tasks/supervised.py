@@ -2,6 +2,7 @@
 evaluated at several.
 """
 
+import abc
 import json
 import pathlib
 from typing import ClassVar
@@ -21,7 +22,7 @@ from experiments.tasks.task import Measured
 from lm_models import lm, vision
 
 
-class Supervised:
+class Supervised(abc.ABC):
   """What the synthetic tasks share; see `Task`."""
 
   tokens_per_byte = None
@@ -46,18 +47,18 @@ class Supervised:
           f"data.{field} is {data[field]}, must be {neutral} with data.name={data.name!r}"
         )
 
-  # Of each task: its length in training, the batches of any length, and its model's logits.
-
   @property
+  @abc.abstractmethod
   def length(self) -> int:
-    raise NotImplementedError
+    """The length that is trained at."""
 
+  @abc.abstractmethod
   def batches(self, length: int, rows: int, seed: int, examples: int, part: slice):
-    raise NotImplementedError
+    """Batches of any length, batches[n] a pure function of (seed, n); `part` of the rows."""
 
+  @abc.abstractmethod
   def logits(self, params, batch, key=None):
     """Logits of each target, and what layers watch; `key` is given in training."""
-    raise NotImplementedError
 
   def nats(self, logits, targets):
     """Cross-entropy of each target, float32."""
@@ -205,9 +206,9 @@ class _Images(Supervised):
           f"model.patch is {model.patch}, must divide data.side and eval.lengths, such as {side}"
         )
 
+  @abc.abstractmethod
   def _demands(self, model):
     """(field of the model, whether it is as it must be, what it must be) for each that matters."""
-    raise NotImplementedError
 
   @property
   def length(self):
