@@ -100,7 +100,7 @@ def test_the_program_prints_writes_and_fails(monkeypatch, tmp_path, capsys):
 
 
 def test_mistakes_are_one_line():
-  with pytest.raises(UserError, match=r"--op is 'mamba', must be of linear_scan, .*kda$"):
+  with pytest.raises(UserError, match=r"--op is 'mamba', must be of linear_scan, .*kda, plstm_1d$"):
     doctor.run(op="mamba")
   with pytest.raises(UserError, match="--dtype is 'int8', must be of float32, bfloat16, float64"):
     doctor.run(dtype="int8")
