@@ -60,7 +60,8 @@ def make_state(config, key: jax.Array) -> TrainState:
 
 def abstract_state(config, mesh: jax.sharding.Mesh) -> TrainState:
   """Shapes, dtypes and shardings of the state, without making any array."""
-  shapes = jax.eval_shape(functools.partial(make_state, config), jax.random.key(0))
+  # The key is made within: a mesh in force may be of devices that are not here, and compute nothing.
+  shapes = jax.eval_shape(lambda: make_state(config, jax.random.key(0)))
   copied = functools.partial(jax.tree.map, lambda _: sharding.replicated(mesh))
   shardings = TrainState(
     step=copied(shapes.step),
