@@ -24,6 +24,7 @@ from ops.kernels.gpu import linear_attention as kernels
 from ops.linear_attention_chunked import chunked, parallel
 from ops.precision import state_dtype, varying_like
 from ops.segments import Segments, find_segments, quarantine, where_mask
+from ops.time_axis import splits_time
 from ops.tree_attention import tree_attention
 
 FORGOTTEN = -1e9  # a logarithm of a decay that leaves exactly nothing
@@ -40,6 +41,7 @@ class Tokens(NamedTuple):
   segments: Segments | None
 
 
+@splits_time
 def linear_attention(
   q: Float[Array, "B T Hq K"],
   k: Float[Array, "B T Hq K"],

@@ -18,8 +18,10 @@ from jaxtyping import Array, Inexact, Int
 from ops import affine, dispatch
 from ops.precision import state_dtype, varying_like
 from ops.segments import find_segments, where_mask
+from ops.time_axis import splits_time
 
 
+@splits_time
 def linear_scan(
   a: Inexact[Array, "B T D"],
   b: Inexact[Array, "B T D"],

@@ -20,6 +20,7 @@ from ops import dispatch
 from ops.plstm_chunked import Tokens, chunked, contract, outer, parallel
 from ops.precision import state_dtype, varying_like
 from ops.segments import find_segments, quarantine, where_mask
+from ops.time_axis import splits_time
 
 _TRACKING = {
   "q": "B T H K Jq",
@@ -37,6 +38,7 @@ _SCALAR = {
 }
 
 
+@splits_time
 def plstm_1d(
   q: Float[Array, "B T H K"] | Float[Array, "B T H K Jq"],
   k: Float[Array, "B T H K"] | Float[Array, "B T H K Jk"],

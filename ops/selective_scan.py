@@ -21,11 +21,13 @@ from ops import affine, dispatch
 from ops.exponential import exp2
 from ops.precision import state_dtype, varying_like
 from ops.segments import find_segments, where_mask
+from ops.time_axis import splits_time
 
 DEFAULT_CHUNK = 16  # tokens; a chunk's steps are unrolled, so compile time grows with it
 LOG2_E = 1.4426950408889634
 
 
+@splits_time
 def selective_scan(
   x: Float[Array, "B T D"],
   dt: Float[Array, "B T D"],
