@@ -1,6 +1,7 @@
 """Recurrences as pure functions on arrays: one signature, several implementations each."""
 
 from ops import sharded as sharded
+from ops import sharded_conv as sharded_conv
 from ops.causal_conv import causal_conv as causal_conv
 from ops.causal_conv import causal_conv_step as causal_conv_step
 from ops.check_cell import CellReport as CellReport

@@ -12,8 +12,10 @@ from jaxtyping import Array, Float, Int
 from ops import dispatch
 from ops.precision import state_dtype, varying_like
 from ops.segments import find_segments, where_mask
+from ops.time_axis import splits_time
 
 
+@splits_time
 def causal_conv(
   x: Float[Array, "B T D"],
   weight: Float[Array, "W D"],
