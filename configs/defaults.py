@@ -104,7 +104,10 @@ def get_config(arg=None):
   mesh.data = -1  # devices that share the batch; one of the four may be -1, the rest of the devices
   mesh.fsdp = 1  # devices that share the batch and the parameters
   mesh.tensor = 1  # devices that share the width
-  mesh.seq = 1  # devices that share time
+  mesh.seq = 1  # devices that share time; a model without time, as of images, shares the batch
+  mesh.exchange = (
+    "auto"  # how states move between devices along seq: all_gather, all_scan, doubling or auto
+  )
 
   config.train = train = ConfigDict()
   train.steps = 1000  # optimizer steps
@@ -350,11 +353,12 @@ def _tiny(config):
   config.model.dtype = "float32"
   config.model.mamba.N = 4
   config.model.mamba2.P = config.model.mamba2.N = 8
+  # Eight of everything that devices may share, so that any mesh of eight can be tried.
   for name in ("gla", "retnet", "deltanet", "gated_deltanet", "kda", "plstm"):
-    config.model[name].H = 2
+    config.model[name].H = 8
     config.model[name].mlp_width = 64
   for name in ("paragru", "paralstm", "elman", "gru", "lstm", "slstm"):
-    config.model[name].H = 2
+    config.model[name].H = 8
     config.model[name].mlp_width = 64
   config.model.gla.kv_heads = None
   config.model.gla.gate_rank = 4
@@ -362,7 +366,7 @@ def _tiny(config):
     gated.K = 8
     gated.value_heads = gated.rank = None
   for attention in (config.model.attention, config.model.sliding_attention):
-    attention.H = 2
+    attention.H = 8
     attention.kv_heads = None
     attention.K = None
     attention.mlp_width = 64
@@ -376,6 +380,7 @@ def _tiny(config):
   config.eval.every_steps = 10
   config.eval.batch_size = 8
   config.eval.T = 64
+  config.eval.lengths = (32, 64) if config.eval.lengths else ()
   config.eval.examples = 16
   config.eval.max_tokens = 2048
   config.eval.final_max_tokens = 8192

@@ -79,10 +79,11 @@ def variant(config, arg, **others):
 
 def tiny(config):
   """A run of seconds, whatever the experiment."""
-  config.model.D = 24
+  config.model.D = 32
   config.model.L = len(config.model.pattern)
+  # Eight of everything that devices may share, so that any mesh of eight can be tried.
   for name in ("plstm_p", "plstm_d", "attention"):
-    config.model[name].H = 3
+    config.model[name].H = 8
   config.model.remat = "none"
   config.model.dtype = "float32"
   config.train.steps = 20

@@ -10,12 +10,14 @@ import numpy as np
 
 from experiments import sharding
 from experiments.data import pipeline
-from experiments.errors import UserError
 from experiments.models import language_model
 from lm_models import lm
+from ops import sharded
 
 # Bucket i holds the positions 2^i - 1 .. 2^(i+1) - 2.
 BUCKETS = 31
+# Number of axes of each array that a batch holds.
+ARRAYS = {"inputs": 2, "targets": 2, "segment_ids": 2, "positions": 2, "continues": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +50,12 @@ class Evaluator:
 
   def __init__(self, config, mesh: jax.sharding.Mesh):
     """Args: config: the experiment. mesh: from `sharding.make_mesh`."""
-    shards = sharding.batch_shards(mesh)
-    if config.eval.batch_size % shards:
-      raise UserError(
-        f"eval.batch_size is {config.eval.batch_size}, must be a multiple of mesh.data * mesh.fsdp"
-        f" = {shards}"
-      )
+    sharding.check_rows(mesh, ARRAYS, "eval.batch_size", config.eval.batch_size)
+    sharding.check_lengths(mesh, ARRAYS, "eval.T", (config.eval.T,))
     self._config, self._mesh = config, mesh
     self._model = language_model(config)
-    self._step = jax.jit(functools.partial(_step, self._model), donate_argnums=2)
+    step = sharded.exchange(config.mesh.exchange)(functools.partial(_step, self._model))
+    self._step = jax.jit(step, donate_argnums=2)
 
   def __call__(self, params, split: str, brief: bool = False) -> Evaluation:
     """Reads a split from its start.

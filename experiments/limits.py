@@ -1,9 +1,10 @@
-"""The ranges of a config's numbers, checked before anything is made of them."""
+"""What fields of a config may hold, checked before anything is made of them."""
 
 from collections.abc import Iterable
 
 from experiments import configuration
 from experiments.errors import UserError
+from ops.time_axis import METHODS
 
 AT_LEAST_ONE = """
   data.T model.vocab_size model.D model.L model.unroll model.mamba.expand model.mamba.N
@@ -23,7 +24,7 @@ AT_MOST_ONE = "schedule.decay_fraction schedule.final_fraction sample.top_p"
 
 
 def check(config) -> None:
-  """Raises UserError, in one line, where a number lies outside the range in which it has a meaning.
+  """Raises UserError, in one line, where a field holds what has no meaning.
 
   Fields that the config does not have, or that are None, are passed over.
   """
@@ -32,6 +33,9 @@ def check(config) -> None:
   _require(values, AT_LEAST_ZERO.split(), lambda x: x >= 0, "at least 0")
   _require(values, ABOVE_ZERO.split(), lambda x: x > 0, "above 0")
   _require(values, BELOW_ONE.split(), lambda x: 0 <= x < 1, "at least 0 and below 1")
+  methods = (*METHODS, "auto")
+  allowed = f"one of {', '.join(methods)}"
+  _require(values, ["mesh.exchange"], lambda x: x in methods, allowed)
   _require(values, AT_MOST_ONE.split(), lambda x: 0 <= x <= 1, "between 0 and 1")
 
 

@@ -1,7 +1,7 @@
 """Meshes, and where parameters, optimizer state, batches and carried states lie on them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ BATCH = ("data", "fsdp")
 P = jax.P
 
 # Where each parameter lies; a block's parameters have the repeats of the pattern on their first
-# axis.
+# axis. Of several places the first counts whose axes divide the dimensions.
 # The optimizer's moments and the averaged weights end in the same paths and follow the same rules.
 PARAMETER_RULES = (
   (r"position_embedding$", P(None, None, "fsdp")),
@@ -50,9 +50,10 @@ PARAMETER_RULES = (
   (r"/dt_proj/kernel$", P(None, None, "tensor")),
   (r"/conv_weight$", P(None, None, "tensor")),
   (r"/(conv_bias|dt_bias|skip|A_log)$", P(None, "tensor")),
-  (r"/input_proj/kernel$", P(None, "tensor", "fsdp")),
+  # By heads, and each head's width over fsdp, or, where heads are too narrow for that, more heads.
+  (r"/input_proj/kernel$", (P(None, "tensor", "fsdp"), P(None, ("tensor", "fsdp")))),
   (r"/(gate_bias|recurrent_weight|peephole_weight)$", P(None, None, "tensor")),
-  (r"/recurrent_matrix$", P(None, None, "tensor", "fsdp")),
+  (r"/recurrent_matrix$", (P(None, None, "tensor", "fsdp"), P(None, None, ("tensor", "fsdp")))),
   (r"/recurrent_bias$", P(None, "tensor")),
   (r"/residual_scale$", P()),
   (r"norm/scale$", P()),
@@ -63,12 +64,20 @@ PARAMETER_RULES = (
 def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
   """The mesh with axes data, fsdp, tensor, seq of these sizes, one of which may be -1, the rest.
 
+  Devices that share a slice, or a host where there are no slices, talk fastest. So `data` crosses
+  slices first, then what it leaves over `fsdp`, `seq` and `tensor`, in this order. Within a TPU
+  slice the axes follow its torus. Every process finds the same mesh, and so does a compiler that
+  knows the devices by their topology only.
+
+  Args:
+    sizes: of the four axes, devices.
+    devices: to be laid out; all that there are by default.
+
   Raises:
     UserError: a size that is neither positive nor -1, more than one -1, sizes that the devices do
-    not
-      fill.
+      not fill, or that leave a slice or a process with fewer devices than another.
   """
-  devices = jax.devices() if devices is None else devices
+  devices = list(jax.devices() if devices is None else devices)
   shape = [sizes[axis] for axis in AXES]
   for axis, size in zip(AXES, shape):
     if size < 1 and size != -1:
@@ -79,16 +88,93 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
   if len(devices) % known or (-1 not in shape and known > len(devices)):
     raise UserError(f"mesh is {dict(zip(AXES, shape))}, which {len(devices)} devices cannot fill")
   shape = [len(devices) // known if size == -1 else size for size in shape]
-  if shape[AXES.index("seq")] > 1:
-    raise UserError(f"mesh.seq is {shape[AXES.index('seq')]}: training does not split time, use 1")
   used = devices[: math.prod(shape)]
-  grid = mesh_utils.create_device_mesh(shape, devices=used, allow_split_physical_axes=True)
+  said = f"mesh is {dict(zip(AXES, shape))}, which takes {len(used)} of {len(devices)} devices"
+  idle = {device.process_index for device in devices} - {device.process_index for device in used}
+  if idle:
+    raise UserError(f"{said} and none of process {min(idle)}: every process must hold some")
+  groups: dict[int, list] = {}
+  for device in used:
+    groups.setdefault(_fast_group(device), []).append(device)
+  if len({len(group) for group in groups.values()}) > 1:
+    counts = ", ".join(str(len(group)) for group in groups.values())
+    raise UserError(f"{said}, {counts} of each slice or host: it must take as many of each")
+  try:
+    grid = _lay_out(shape, [groups[key] for key in sorted(groups)])
+  except (AssertionError, NotImplementedError, ValueError) as error:
+    raise UserError(f"{said}: they cannot be laid out so: {' '.join(str(error).split())}") from None
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def batch_shards(mesh: Mesh) -> int:
-  """Over how many devices the rows of a batch are spread."""
-  return math.prod(mesh.shape[axis] for axis in BATCH)
+def _fast_group(device) -> int:
+  """Number of the slice that a device is in, or of its host where a backend knows no slices."""
+  number = getattr(device, "slice_index", None)
+  if number is not None:
+    return number
+  return 0 if device.platform == "tpu" else device.process_index
+
+
+def _lay_out(shape, groups) -> np.ndarray:
+  """The devices of equal groups as an array of this shape, each axis first over groups, then
+  within."""
+  left, outer = len(groups), dict.fromkeys(AXES, 1)
+  for axis in ("data", "fsdp", "seq", "tensor"):
+    outer[axis] = math.gcd(shape[AXES.index(axis)], left)
+    left //= outer[axis]
+  across = [outer[axis] for axis in AXES]
+  within = [size // over for size, over in zip(shape, across)]
+  blocks = np.stack(
+    [
+      mesh_utils.create_device_mesh(within, devices=group, allow_split_physical_axes=True)
+      for group in groups
+    ]
+  )
+  n = len(AXES)
+  order = [place for axis in range(n) for place in (axis, n + axis)]
+  return blocks.reshape(*across, *within).transpose(order).reshape(shape)
+
+
+def rows_over(arrays: Mapping[str, int]) -> tuple[str, ...]:
+  """The axes of the mesh that the rows of a batch are spread over.
+
+  Args:
+    arrays: number of axes of each array of a batch. Those with two have a time axis, which takes
+      `seq`; where none has, as in batches of images, the rows take it.
+  """
+  return BATCH if 2 in arrays.values() else (*BATCH, "seq")
+
+
+def check_rows(mesh: Mesh, arrays: Mapping[str, int], field: str, rows: int, parts: int = 1):
+  """Raises UserError where the rows of a batch cannot be spread over the mesh evenly.
+
+  Args:
+    mesh: from `make_mesh`.
+    arrays: number of axes of each array of a batch.
+    field: that says how many rows there are.
+    rows: how many.
+    parts: into which `train.accumulate` cuts them, one computed after the other.
+  """
+  axes = rows_over(arrays)
+  shards = math.prod(mesh.shape[axis] for axis in axes)
+  if parts < 1 or rows < 1 or rows % (shards * parts):
+    names, numbers = " * ".join(f"mesh.{axis}" for axis in axes), f"{shards}"
+    if parts != 1:
+      names, numbers = f"{names} * train.accumulate", f"{numbers} * {parts}"
+    raise UserError(f"{field} is {rows}, must be a multiple of {names} = {numbers}")
+
+
+def check_lengths(mesh: Mesh, arrays: Mapping[str, int], field: str, lengths: Iterable[int]):
+  """Raises UserError where `seq` does not divide the tokens of a row.
+
+  Args:
+    mesh: from `make_mesh`.
+    arrays: number of axes of each array of a batch.
+    field: that says how many tokens there are.
+    lengths: how many, one or several.
+  """
+  for length in lengths if 2 in arrays.values() else ():
+    if length % mesh.shape["seq"]:
+      raise UserError(f"{field} is {length}, must be a multiple of mesh.seq = {mesh.shape['seq']}")
 
 
 def parameter_shardings(mesh: Mesh, tree: Any) -> Any:
@@ -106,16 +192,25 @@ def parameter_shardings(mesh: Mesh, tree: Any) -> Any:
     if leaf.ndim == 0:
       return NamedSharding(mesh, P())
     name = path_name(path)
-    spec = first_match(PARAMETER_RULES, name, "sharding.PARAMETER_RULES")
-    for size, axis in zip(leaf.shape, spec):
-      if axis and size % mesh.shape[axis]:
-        raise UserError(
-          f"mesh.{axis} is {mesh.shape[axis]}, which does not divide the {size} of {name}"
-          f" {leaf.shape}"
-        )
-    return NamedSharding(mesh, spec)
+    specs = first_match(PARAMETER_RULES, name, "sharding.PARAMETER_RULES")
+    specs = (specs,) if isinstance(specs, P) else specs
+    for spec in specs:
+      if not any(_misfits(mesh, leaf.shape, spec)):
+        return NamedSharding(mesh, spec)
+    size, axis = next(_misfits(mesh, leaf.shape, specs[0]))
+    raise UserError(
+      f"mesh.{axis} is {mesh.shape[axis]}, which does not divide the {size} of {name} {leaf.shape}"
+    )
 
   return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _misfits(mesh: Mesh, shape: tuple[int, ...], spec: P) -> Iterator[tuple[int, str]]:
+  """(size, axes) of each dimension that the axes it is to be split over do not divide."""
+  for size, axes in zip(shape, spec):
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    if size % math.prod(mesh.shape[name] for name in names):
+      yield size, names[0]
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
@@ -124,8 +219,9 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
-  """Where an array of a batch lies: [B] or [B T]."""
-  return NamedSharding(mesh, P(BATCH) if ndim == 1 else P(BATCH, "seq"))
+  """Where an array of a batch lies: [B], [B T], or [B Y X ...], a grid without a time axis."""
+  specs = {1: P(BATCH), 2: P(BATCH, "seq")}
+  return NamedSharding(mesh, specs.get(ndim, P((*BATCH, "seq"))))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

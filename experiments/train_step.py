@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from experiments import sharding
-from experiments.errors import UserError
 from experiments.optimizers import make_optimizer, make_schedule
 from experiments.tasks import make_task
 from lm_models import lm
+from ops import sharded
 
 
 @flax.struct.dataclass
@@ -60,7 +60,7 @@ def make_state(config, key: jax.Array) -> TrainState:
 
 def abstract_state(config, mesh: jax.sharding.Mesh) -> TrainState:
   """Shapes, dtypes and shardings of the state, without making any array."""
-  # The key is made within: a mesh in force may be of devices that are not here, and compute nothing.
+  # The key is made within: the mesh in force may be of devices that are not here.
   shapes = jax.eval_shape(lambda: make_state(config, jax.random.key(0)))
   copied = functools.partial(jax.tree.map, lambda _: sharding.replicated(mesh))
   shardings = TrainState(
@@ -96,29 +96,37 @@ def make_step(config, mesh: jax.sharding.Mesh):
   dict of scalars by name: what the task sums over targets, as means, and what layers watch.
 
   Raises:
-    UserError: rows that devices or microbatches do not divide, or an optimizer that does not exist.
+    UserError: rows that devices or microbatches do not divide, tokens of a row that devices do not
+    divide, or an optimizer that does not exist.
   """
-  rows, shards, parts = (
-    config.train.batch_size,
-    sharding.batch_shards(mesh),
-    config.train.accumulate,
-  )
-  if parts < 1 or rows % (shards * parts):
-    raise UserError(
-      f"train.batch_size is {rows}, must be a multiple of mesh.data * mesh.fsdp *"
-      f" train.accumulate = {shards} * {parts}"
-    )
+  step, arrays = _jitted(config, mesh), make_task(config).arrays
+  return lambda state, batch: step(state, {name: batch[name] for name in arrays})
+
+
+def lower_step(config, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+  """The step of `make_step`, to be compiled ahead of time: for devices that need not be here.
+
+  Raises:
+    UserError: as `make_step`.
+  """
+  task = make_task(config)
+  batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in task.example_batch().items()}
+  return _jitted(config, mesh).lower(abstract_state(config, mesh), batch)
+
+
+def _jitted(config, mesh: jax.sharding.Mesh):
+  arrays = make_task(config).arrays
+  rows, parts = config.train.batch_size, config.train.accumulate
+  sharding.check_rows(mesh, arrays, "train.batch_size", rows, parts)
+  sharding.check_lengths(mesh, arrays, "data.T", (config.data.T,))
   state_shardings = shardings_of(abstract_state(config, mesh))
-  batch_shardings = {
-    name: sharding.batch_sharding(mesh, ndim) for name, ndim in make_task(config).arrays.items()
-  }
-  step = jax.jit(
-    functools.partial(_step, config),
+  batch_shardings = {name: sharding.batch_sharding(mesh, ndim) for name, ndim in arrays.items()}
+  return jax.jit(
+    sharded.exchange(config.mesh.exchange)(functools.partial(_step, config)),
     in_shardings=(state_shardings, batch_shardings),
     out_shardings=(state_shardings, sharding.replicated(mesh)),
     donate_argnums=0,
   )
-  return lambda state, batch: step(state, {name: batch[name] for name in batch_shardings})
 
 
 def _optimizer(config):

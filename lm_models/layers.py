@@ -29,17 +29,19 @@ def constrain(x: Array, *axes: str | Sequence[str] | None) -> Array:
   Args:
     x: any array.
     *axes: for each dimension of `x` the mesh axis or axes it is split over, or None. Axes that the
-      mesh does not have are left out, so that one model serves every mesh.
+      mesh does not have are left out, so that one model serves every mesh; and a dimension that the
+      devices do not divide is left whole, as one row to sample from, or one token.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
 
-  def present(axis):
+  def present(size, axis):
     names = (axis,) if isinstance(axis, str) else tuple(axis or ())
-    return tuple(name for name in names if name in mesh.axis_names) or None
+    names = tuple(name for name in names if name in mesh.axis_names)
+    return None if size % math.prod(mesh.shape[name] for name in names) else names or None
 
-  return jax.lax.with_sharding_constraint(x, jax.P(*map(present, axes)))
+  return jax.lax.with_sharding_constraint(x, jax.P(*map(present, x.shape, axes)))
 
 
 def product(
@@ -64,6 +66,30 @@ def product(
     return y.reshape(*leading, *features)
   contracted = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
   return jax.lax.dot_general(x, kernel, (contracted, ((), ())), preferred_element_type=dtype)
+
+
+def parts_of_time(T: int) -> int:
+  """Over how many devices of the mesh in force the T tokens of a row are spread."""
+  mesh = jax.sharding.get_abstract_mesh()
+  devices = 1 if mesh.empty else mesh.shape.get("seq", 1)
+  return devices if T % devices == 0 else 1
+
+
+def look_up(embedding: Float[Array, "vocab D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+  """The rows of an embedding that tokens name, where activations lie.
+
+  A table that is split both ways is brought, before anything is looked up, to a form from which
+  XLA can partition the look-up; from there it would find no other way than to copy all activations
+  to every device. Its width is gathered, as that of any weight that `fsdp` splits. Its rows stay
+  split over `tensor`, where each device looks up what it has and the results are summed, unless
+  that moves more than the whole table does: with n tokens to a device, 2 n vectors of D numbers
+  against 3 vocab, the table itself and, twice, the sum of its gradient.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  spread = 1 if mesh.empty else math.prod(mesh.shape.get(a, 1) for a in ("data", "fsdp", "seq"))
+  vectors = 2 * tokens.size / spread
+  rows = "tensor" if vectors < 3 * embedding.shape[0] else None
+  return constrain_activations(jnp.take(constrain(embedding, rows, None), tokens, axis=0))
 
 
 def constrain_activations(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -55,6 +55,7 @@ MIXERS = {
   "sliding_attention": (attention, {"window": 256}),
 }
 
+TOKENS = (("data", "fsdp"), "seq")  # how the rows and the tokens of a batch lie on a mesh
 DTYPES = ("float32", "bfloat16", "float64")
 
 # What a repeat keeps for its backward pass; the rest is computed again.
@@ -237,22 +238,21 @@ class LanguageModel(nn.Module):
   def features(self, tokens, state, segment_ids):
     """What the head sees, [B T D], and the state after the last token."""
     # The residual stream stays float32 whatever the products are: it is a long sum.
-    x = jnp.take(self.embedding, tokens, axis=0)
-    x = layers.constrain_activations(x)
+    x = layers.look_up(self.embedding, tokens)
     x, state = self.blocks(x, state, segment_ids)
     return self.norm(x), state
 
   def logits(self, x):
-    """Logits, float32, of features [B T D]."""
+    """Logits, float32, of features [B T D] or [B T C D]."""
     kernel = (self.embedding.T if self.config.tied else self.head).astype(x.dtype)
     logits = layers.product(x, kernel, dtype=jnp.float32)
-    return layers.constrain(logits, ("data", "fsdp"), "seq", "tensor")
+    return layers.constrain(logits, *TOKENS, *[None] * (x.ndim - 3), "tensor")
 
   def nats(self, tokens, targets, state, segment_ids):
     """Cross-entropy of each target, [B T] float32, and the state after the last token.
 
-    With `loss_chunk`, the logits of so many tokens of each row exist at a time, backwards too: with
-    a large vocabulary they are the largest array of all.
+    With `loss_chunk`, the logits of so many tokens of each row exist at a time on a device,
+    backwards too: with a large vocabulary they are the largest array of all.
     """
     x, state = self.features(tokens, state, segment_ids)
 
@@ -262,13 +262,21 @@ class LanguageModel(nn.Module):
       return jax.nn.logsumexp(logits, axis=-1) - chosen
 
     B, T = targets.shape
-    size = self.config.loss_chunk or T
-    if size >= T:
+    # Each device's part of time is cut into chunks: a chunk of all time would lie on one device.
+    parts = layers.parts_of_time(T)
+    part = T // parts
+    size = self.config.loss_chunk or part
+    if size >= part:
       return nats(x, targets), state
-    pad = lambda y: jnp.pad(y, [(0, 0), (0, -T % size)] + [(0, 0)] * (y.ndim - 2))
-    split = lambda y: jnp.moveaxis(pad(y).reshape(B, -1, size, *y.shape[2:]), 1, 0)
-    chunks = jax.lax.map(lambda part: jax.checkpoint(nats)(*part), (split(x), split(targets)))
-    return jnp.moveaxis(chunks, 0, 1).reshape(B, -1)[:, :T], state
+
+    def split(y):
+      y = layers.constrain(y.reshape(B, parts, part, *y.shape[2:]), *TOKENS, *[None] * (y.ndim - 1))
+      y = jnp.pad(y, [(0, 0), (0, 0), (0, -part % size)] + [(0, 0)] * (y.ndim - 3))
+      return jnp.moveaxis(y.reshape(B, parts, -1, size, *y.shape[3:]), 2, 0)
+
+    chunks = jax.lax.map(lambda chunk: jax.checkpoint(nats)(*chunk), (split(x), split(targets)))
+    chunks = jnp.moveaxis(chunks, 0, 2).reshape(B, parts, -1)
+    return chunks[:, :, :part].reshape(B, T), state
 
 
 def init(config: Config, key: Array) -> dict:

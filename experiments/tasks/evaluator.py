@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments import sharding
 from experiments.data import pipeline
-from experiments.errors import UserError
+from ops import sharded
 
 # Added to the number of a length, these are the seeds of what is evaluated: no run trains on them.
 FIRST_SEED = {"validation": 100_042, "test": 200_042}
@@ -38,13 +38,10 @@ class LengthEvaluator:
   def __init__(self, task, mesh: jax.sharding.Mesh):
     """Args: task: a `Supervised` task. mesh: from `sharding.make_mesh`."""
     self._task, self._mesh, config = task, mesh, task.config
-    shards = sharding.batch_shards(mesh)
-    if config.eval.batch_size % shards:
-      raise UserError(
-        f"eval.batch_size is {config.eval.batch_size}, must be a multiple of mesh.data * mesh.fsdp"
-        f" = {shards}"
-      )
-    self._step = jax.jit(self._measure)
+    sharding.check_rows(mesh, task.arrays, "eval.batch_size", config.eval.batch_size)
+    sharding.check_lengths(mesh, task.arrays, "eval.lengths", config.eval.lengths)
+    measure = sharded.exchange(config.mesh.exchange)(self._measure)
+    self._step = jax.jit(measure)
 
   def __call__(self, params, split: str, brief: bool = False) -> Accuracies:
     """Measures `eval.examples` examples at each length, a tenth of them with `brief`.
