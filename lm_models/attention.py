@@ -1,25 +1,21 @@
-"""Causal softmax attention with rotary positions, over everything or over a sliding window.
+"""Causal softmax attention with rotary positions, over everything or over a sliding window: the
+baseline, and a layer of hybrids.
 
-    o_t = sum_j softmax_j(q_t . k_j / sqrt(K)) v_j         j <= t, t - j < window, same document
+    q, k, v = W_q x, W_k x, W_v x;      y = W_o softmax_attention(q, k, v)
 
 Vaswani et al., "Attention Is All You Need", 2017; grouped key and value heads as Ainslie et al.,
-"GQA", 2023; sliding window as Beltagy et al., "Longformer", 2020. The baseline, and a
-layer of hybrids.
-
-The state holds the last keys and values of the present document, as they were before their
-rotation: angles are taken afresh from positions inside the window at each call, so that they are
-as exact after a million tokens as after ten, and the state's size never grows.
+"GQA", 2023; sliding window as Beltagy et al., "Longformer", 2020. `ops.softmax_attention` says what
+the state holds.
 """
 
 import dataclasses
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lm_models import layers
-from ops.segments import find_segments
+from ops.softmax_attention import SEQUENCES, softmax_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +30,9 @@ class Config:
   window: int | None = None  # tokens a token sees, itself included; None is all
   context: int = 2048  # keys and values kept in the state where window is None, tokens
   rotary_base: float = 10000.0  # longest wavelength of the rotary positions / 2 pi, tokens
+  # How keys and values reach the queries where devices share time: all_gather (all at once, from
+  # all) or ring (one device's at a time); a short window needs the last of one neighbour only.
+  sequence: str = "all_gather"
   mlp_width: int | None = (
     None  # width of the gated MLP; None is 8 D / 3 rounded up to 256; 0 leaves it out
   )
@@ -60,6 +59,8 @@ class Config:
       raise ValueError(f"kv_heads is {self.kv_heads}, must divide H = {self.H}")
     if self.window is not None and self.window < 1:
       raise ValueError(f"window is {self.window}, must be at least 1 or None")
+    if self.sequence not in SEQUENCES:
+      raise ValueError(f"sequence is {self.sequence!r}, must be one of {', '.join(SEQUENCES)}")
 
 
 def init_state(config: Config, batch: int) -> dict[str, Array]:
@@ -102,69 +103,10 @@ class Mixer(nn.Module):
     k = project("key_proj", c.kv_heads or c.H)
     v = project("value_proj", c.kv_heads or c.H)
 
-    masks = None if segment_ids is None else find_segments(segment_ids)
-    cache = _extend(state, k, v, masks)
-    if state is None and masks is None:
-      o = self._attend_whole(q, k, v)
-    else:
-      o = self._attend_cached(q, cache, masks)
+    o, state = softmax_attention(
+      q, k, v, window=c.window, context=c.context, rotary_base=c.rotary_base,
+      initial_state=state, segment_ids=segment_ids, sequence=c.sequence,
+    )  # fmt: skip
     out_init = nn.initializers.normal(0.02 * (2 * c.L) ** -0.5)
     y = layers.Projection(c.D, 2, dtype=c.dtype, kernel_init=out_init, name="out_proj")(o)
-    return y, _last(cache, c.kept)
-
-  def _attend_whole(self, q, k, v):
-    """One document a row and nothing before it: the form for which devices have fast kernels."""
-    T, window = q.shape[1], self.config.window
-    positions = jnp.broadcast_to(jnp.arange(T), q.shape[:2])
-    q, k = (layers.rotary(x, positions, self.config.rotary_base) for x in (q, k))
-    local = None if window is None or window >= T else (window - 1, 0)
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local)
-
-  def _attend_cached(self, q, cache, masks):
-    """Keys from the state and from this call, told apart by document and by position."""
-    c, T = self.config, q.shape[1]
-    positions = jnp.maximum(jnp.cumsum(cache["valid"], axis=1) - 1, 0)
-    k = layers.rotary(cache["k"], positions, c.rotary_base)
-    positions_q, document_q = positions[:, -T:], cache["document"][:, -T:]
-    q = layers.rotary(q, positions_q, c.rotary_base)
-    distance = positions_q[:, :, None] - positions[:, None, :]
-    seen = cache["valid"][:, None, :] & (distance >= 0)
-    seen &= document_q[:, :, None] == cache["document"][:, None, :]
-    if c.window is not None:
-      seen &= distance < c.window
-    # A padded query sees only itself: a row without any key would be 0 / 0.
-    own = jnp.arange(cache["valid"].shape[1]) == jnp.arange(T)[:, None] + cache["k"].shape[1] - T
-    real = jnp.ones(q.shape[:2], bool) if masks is None else masks.real
-    seen = jnp.where(real[:, :, None], seen, own)
-    # What is not seen may be anything, NaN included, and NaN * 0 is NaN: it is read as zero.
-    k, v = (jnp.where(cache["valid"][..., None, None], x, 0) for x in (k, cache["v"]))
-    o = jax.nn.dot_product_attention(q, k, v, mask=seen[:, None])
-    return jnp.where(real[..., None, None], o, 0)
-
-
-def _extend(state, k, v, masks):
-  """The state's keys and values followed by those of this call, each with its document's number."""
-  call = {
-    "k": k,
-    "v": v,
-    "valid": jnp.ones(k.shape[:2], bool) if masks is None else masks.real,
-    "document": jnp.zeros(k.shape[:2], jnp.int32) if masks is None else masks.document,
-  }
-  if state is None:
-    return call
-  # What the state holds belongs to the first document of this call.
-  state = {**state, "document": jnp.zeros(state["valid"].shape, jnp.int32)}
-  return {name: jnp.concatenate([state[name], call[name]], axis=1) for name in call}
-
-
-def _last(cache, kept: int) -> dict[str, Array]:
-  """The state after this call: the last `kept` real tokens of the last document."""
-  missing = max(kept - cache["valid"].shape[1], 0)
-  pad = lambda x: jnp.pad(x, [(0, 0), (missing, 0)] + [(0, 0)] * (x.ndim - 2))
-  valid = pad(cache["valid"] & (cache["document"] == cache["document"][:, -1:]))
-  # A stable sort moves padding and ended documents to the front and keeps the order of the rest.
-  order = jnp.argsort(valid, axis=1, stable=True)[:, valid.shape[1] - kept :]
-  take = lambda x: jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
-  kept_valid = take(valid)
-  clean = lambda x: jnp.where(kept_valid[..., None, None], take(pad(x)), 0)
-  return {"k": clean(cache["k"]), "v": clean(cache["v"]), "valid": kept_valid}
+    return y, state

@@ -7,8 +7,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
+
+from ops.rotary import rotary as rotary
 
 # Torch's default for linear layers and convolutions, U(-fan_in^-1/2, fan_in^-1/2): the published
 # Mamba models start from it.
@@ -183,28 +184,3 @@ class GatedMLP(nn.Module):
     gate, up = jnp.moveaxis(both(x), -2, 0)
     out = Projection(x.shape[-1], dtype=self.dtype, kernel_init=self.out_init, name="out_proj")
     return out(jax.nn.silu(gate) * up)
-
-
-def rotary(
-  x: Float[Array, "B T H K"], positions: Int[Array, "B T"], base: float = 10000.0
-) -> Float[Array, "B T H K"]:
-  """Rotates channel pairs (i, i + K/2) by position * base^(-2i/K). Su et al., "RoFormer", 2021.
-
-  Args:
-    x: queries or keys, K even.
-    positions: of each token; only differences matter to the attention that follows, modulo 2^32.
-    base: the longest wavelength is about 2 pi base tokens.
-
-  Returns:
-    The rotated array, in x's dtype; angles are float32, as exact at any position as at the first.
-  """
-  half = x.shape[-1] // 2
-  # In 2^-32 of a turn, unsigned integers drop whole turns by themselves, and nothing is rounded.
-  turns = base ** (-np.arange(half) / half) / (2 * np.pi)
-  frequencies = np.round(turns % 1 * 2**32).astype(np.uint64).astype(np.uint32)
-  fractions = positions[:, :, None, None].astype(jnp.uint32) * frequencies
-  angles = jax.lax.bitcast_convert_type(fractions, jnp.int32) * np.float32(2 * np.pi / 2**32)
-  cos, sin = jnp.cos(angles), jnp.sin(angles)
-  first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return rotated.astype(x.dtype)

@@ -1,7 +1,9 @@
 """Recurrences as pure functions on arrays: one signature, several implementations each."""
 
 from ops import sharded as sharded
+from ops import sharded_attention as sharded_attention
 from ops import sharded_conv as sharded_conv
+from ops import sharded_newton as sharded_newton
 from ops.causal_conv import causal_conv as causal_conv
 from ops.causal_conv import causal_conv_step as causal_conv_step
 from ops.check_cell import CellReport as CellReport
