@@ -77,7 +77,11 @@ def collectives(text: str) -> list[Collective]:
     multiplied into `count`. Both branches of a condition count. What sends nothing, a collective of
     one device, is left out.
   """
-  program = hlo.parse(text)
+  return collectives_of(hlo.parse(text))
+
+
+def collectives_of(program: hlo.Program) -> list[Collective]:
+  """As `collectives`, of a text that has been read."""
   found: Counter[Collective] = Counter()
   _visit(program, program.entry, 1, False, set(), found)
   return [dataclasses.replace(record, count=count) for record, count in found.items()]

@@ -21,9 +21,14 @@ class Instruction:
   """One line of a computation: `%name = shape opcode(operands), attributes`."""
 
   name: str
-  shape: str  # "f32[8,16]", without layouts; of a tuple "(f32[8], s32[])"
+  written_shape: str  # with its layout: "f32[8,16]{1,0:T(8,128)S(1)}"
   opcode: str
   rest: str  # behind the opening parenthesis of the operands
+
+  @functools.cached_property
+  def shape(self) -> str:
+    """Without layouts: "f32[8,16]"; of a tuple "(f32[8], s32[])"."""
+    return re.sub(r"\{[^}]*\}|/\*.*?\*/", "", self.written_shape)
 
   @functools.cached_property
   def operands(self) -> tuple[str, ...]:
@@ -33,10 +38,26 @@ class Instruction:
   @functools.cached_property
   def bytes(self) -> int:
     """Size of its value, without padding of layouts."""
-    return sum(
-      math.prod(int(size) for size in sizes.split(",") if size) * _item_bits(kind) // 8
-      for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", self.shape)
-    )
+    return sum(size for size, _ in self._arrays)
+
+  @functools.cached_property
+  def hbm_bytes(self) -> int:
+    """Size of what of its value lies in the device's main memory, not in a memory on the chip."""
+    return sum(size for size, layout in self._arrays if "S(" not in layout)
+
+  @functools.cached_property
+  def _arrays(self) -> list[tuple[int, str]]:
+    """Bytes and layout of each array of its value."""
+    found = re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", self.written_shape)
+    return [
+      (math.prod(int(size) for size in sizes.split(",") if size) * _item_bits(kind) // 8, layout)
+      for kind, sizes, layout in found
+    ]
+
+  @property
+  def number(self) -> int | None:
+    """Of a parameter, which one it is."""
+    return int(self.rest.partition(")")[0]) if self.opcode == "parameter" else None
 
   @property
   def called(self) -> tuple[str, ...]:
@@ -48,7 +69,7 @@ class Instruction:
   @property
   def source(self) -> str:
     """JAX's name of the operation that it comes from, or nothing."""
-    return self._find(r'op_name="([^"]*)"') or ""
+    return (self._find(r'op_name="([^"]*)"') or "").replace("\\'", "'")
 
   @property
   def chain(self) -> tuple[str, str, str] | None:
@@ -130,7 +151,6 @@ def parse(text: str) -> Program:
   for line in text.splitlines():
     if current is not None and (match := INSTRUCTION.match(line)):
       root, name, shape, opcode, rest = match.groups()
-      shape = re.sub(r"\{[^}]*\}|/\*.*?\*/", "", shape)
       instruction = current.instructions[name] = Instruction(name, shape, opcode, rest)
       current.root = instruction if root else current.root
     elif match := COMPUTATION.match(line):
@@ -186,8 +206,7 @@ def _comparison(program: Program, condition: Computation) -> list[str] | None:
 
 
 def _parameter(computation: Computation, name: str) -> int | None:
-  instruction = computation.instructions[name]
-  return int(instruction.rest.partition(")")[0]) if instruction.opcode == "parameter" else None
+  return computation.instructions[name].number
 
 
 def _scalar(computation: Computation, name: str) -> int | tuple[int] | None:
