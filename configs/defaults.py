@@ -169,6 +169,7 @@ def _attention(window):
   attention.window = window
   attention.context = 2048  # keys and values kept in the state where window is None, tokens
   attention.rotary_base = 10000.0  # longest wavelength of the rotary positions / 2 pi, tokens
+  attention.sequence = "all_gather"  # how keys reach queries where mesh.seq > 1: all_gather or ring
   attention.mlp_width = config_dict.placeholder(
     int
   )  # of the gated MLP; None is 8 D / 3 up to 256; 0 is none
