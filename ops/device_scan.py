@@ -14,6 +14,8 @@ A chain of sends needs no transitions: who receives a state applies its own.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +29,29 @@ LATENCY = 8.5e-6  # seconds a message takes to start, and
 BANDWIDTH = 50e9  # bytes a second: between hosts; they only choose how many blocks all_scan sends
 
 
+class Algebra(NamedTuple):
+  """How maps act, and what is sent of a transition."""
+
+  kind: tuple[tuple[str, bool], ...] = ()  # as in `ops.affine`
+  # From what is sent of a transition to the transition. What is sent adds up where maps are
+  # composed, as logarithms do. None sends the transition.
+  expand: Callable[[Array], Array] | None = None
+
+  def apply(self, element: affine.Affine, h: Array) -> Array:
+    if self.expand is not None:
+      element = element._replace(transition=self.expand(element.transition))
+    return affine.apply(element, h, **dict(self.kind))
+
+  def compose(self, earlier: affine.Affine, later: affine.Affine) -> affine.Affine:
+    if self.expand is None:
+      return affine.compose(earlier, later, **dict(self.kind))
+    fresh = None if later.fresh is None else later.fresh | earlier.fresh
+    transition = earlier.transition + later.transition
+    return affine.Affine(transition, self.apply(later, earlier.input), fresh)
+
+
 def incoming(
-  split: Split, element: affine.Affine, state: Array, gathered=None, **kind: bool
+  split: Split, element: affine.Affine, state: Array, algebra: Algebra, gathered=None
 ) -> tuple[Array, tuple[Array, Array | None] | None]:
   """The state that enters this device's part of time.
 
@@ -36,9 +59,9 @@ def incoming(
     split: how time is split, and the method.
     element: the map of this device's part.
     state: what enters the first device's part; of other devices it is not read.
+    algebra: of the maps.
     gathered: the second result of an earlier call with the same transitions and resets: they are
       not sent again by "all_gather".
-    **kind: of the maps, as in `ops.affine`.
 
   Returns:
     The state, and what the call with reversed time can be given as `gathered` (its transitions are
@@ -46,19 +69,17 @@ def incoming(
   """
   first = split.order() == 0
   # The first device's map is applied at once: it needs nobody.
-  element = element._replace(
-    input=jnp.where(first, affine.apply(element, state, **kind), element.input)
-  )
+  element = element._replace(input=jnp.where(first, algebra.apply(element, state), element.input))
   if split.method == "all_gather":
-    s, gathered = _all_gather(split, element, gathered, kind)
+    s, gathered = _all_gather(split, element, gathered, algebra)
   elif split.method == "doubling":
-    s, gathered = _doubling(split, element, kind), None
+    s, gathered = _doubling(split, element, algebra), None
   else:
-    s, gathered = _all_scan(split, element, kind), None
+    s, gathered = _all_scan(split, element, algebra), None
   return jnp.where(first, state, s), gathered
 
 
-def _all_gather(split, element, gathered, kind):
+def _all_gather(split, element, gathered, algebra):
   """Everything to everybody; each folds what is before it."""
   gather = lambda x: None if x is None else jax.lax.all_gather(x, split.axis)
   if gathered is None:
@@ -68,32 +89,34 @@ def _all_gather(split, element, gathered, kind):
   for p in range(split.P - 1):
     index = split.P - 1 - p if split.reverse else p
     e = affine.Affine(*(None if x is None else x[index] for x in elements))
-    h = e.input if h is None else jnp.where(p < place, affine.apply(e, h, **kind), h)
+    h = e.input if h is None else jnp.where(p < place, algebra.apply(e, h), h)
   return h, gathered
 
 
-def _doubling(split, element, kind):
+def _doubling(split, element, algebra):
   """Rounds of sends 1, 2, 4, ... devices far; after each, a map covers twice as many devices."""
   place = split.order()
   reach = split.send(element)  # the device before
   hops = 1
   while hops < split.P - 1:
     earlier = split.send(reach, hops)
-    longer = affine.compose(earlier, reach, **kind)
+    longer = algebra.compose(earlier, reach)
     # Whose map covers everything before it already has the state in it.
     reach = jax.tree.map(functools.partial(jnp.where, place > hops), longer, reach)
     hops *= 2
   return reach.input
 
 
-def _all_scan(split, element, kind):
+def _all_scan(split, element, algebra):
   """A chain of sends, pipelined: the state goes in K blocks of its last axis, each on its way as
   soon as it is there."""
   P, whole = split.P, element.input
-  K = _blocks(P, whole)
+  K = _blocks(split, whole)
   width = whole.shape[-1] // K
   # A transition of the state's own shape goes in blocks too, every other one acts on each block.
-  own = not kind and element.transition.ndim == whole.ndim
+  if algebra.expand is not None:
+    element = element._replace(transition=algebra.expand(element.transition))
+  own = not algebra.kind and element.transition.ndim == whole.ndim
   cut = lambda x, k: jax.lax.dynamic_slice_in_dim(x, k * width, width, axis=-1)
   place = split.order()
   s = jnp.zeros_like(whole)
@@ -101,7 +124,7 @@ def _all_scan(split, element, kind):
     k = jnp.clip(r - place, 0, K - 1)
     transition = cut(element.transition, k) if own else element.transition
     block = affine.Affine(transition, cut(whole, k), element.fresh)
-    out = affine.apply(block, cut(s, k), **kind)
+    out = affine.apply(block, cut(s, k), **dict(algebra.kind))
     # The first device has nothing before it, and its map has been applied.
     out = jnp.where(place == 0, cut(whole, k), out)
     senders = range(max(r - K + 1, 0), min(r, P - 2) + 1)
@@ -113,10 +136,10 @@ def _all_scan(split, element, kind):
   return s
 
 
-def _blocks(P: int, state: Array) -> int:
+def _blocks(split: Split, state: Array) -> int:
   """Blocks of a state that take least time in all, (P + K - 2) (latency + s / K / bandwidth)."""
   size = state.size * state.dtype.itemsize
-  best = max(1.0, (max(P - 2, 0) * size / (LATENCY * BANDWIDTH)) ** 0.5)
+  best = split.blocks or max(1.0, (max(split.P - 2, 0) * size / (LATENCY * BANDWIDTH)) ** 0.5)
   divisors = [K for K in range(1, state.shape[-1] + 1) if state.shape[-1] % K == 0]
   return min(divisors, key=lambda K: abs(K - best))
 

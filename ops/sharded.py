@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from ops import affine, time_axis
-from ops.device_scan import border, enter, incoming
+from ops.device_scan import Algebra, border, enter, incoming
 from ops.linear_attention import FORGOTTEN, linear_attention
 from ops.linear_scan import linear_scan
 from ops.plstm import plstm_1d
@@ -37,6 +37,8 @@ from ops.selective_scan import selective_scan
 from ops.time_axis import Split
 from ops.time_axis import exchange as exchange
 
+DENSE = Algebra((("dense", True),))
+
 
 class Part(NamedTuple):
   """An op on one device's part of time; static, its arrays are given."""
@@ -44,11 +46,11 @@ class Part(NamedTuple):
   split: Split
   op: Callable  # arrays, state -> o, state after
   whole: Callable  # arrays, zero state -> the part as one map, without its resets
-  kind: tuple[tuple[str, bool], ...]  # of that map
+  algebra: Callable  # arrays -> the `Algebra` of that map
 
 
 def recurrence(
-  op: Callable, whole: Callable, kind: Callable = lambda **arrays: {}
+  op: Callable, whole: Callable, algebra: Callable = lambda **arrays: Algebra()
 ) -> time_axis.Form:
   """The form of a recurrence whose parts are affine maps of its state.
 
@@ -56,7 +58,7 @@ def recurrence(
     op: the public op.
     whole: a function of (arrays by name, zero state, options by name) to the `affine.Affine` of the
       part, resets left out of its transition.
-    kind: of that map, as in `ops.affine`, by the op's arrays.
+    algebra: a function of the op's arrays to that of the map.
   """
 
   def form(split, arguments):
@@ -72,7 +74,7 @@ def recurrence(
       split,
       lambda arrays, state: op(**arrays, initial_state=state, **options),
       lambda arrays, zero: whole(arrays, zero, options),
-      tuple(kind(**arrays).items()),
+      lambda arrays: algebra(**arrays),
     )
     o, last = _run(part, arrays, crossing, state)
     return o, split.from_last(last)
@@ -87,30 +89,31 @@ def _run(part: Part, arrays: dict[str, Any], crossing, state):
 
 
 def _forward(part, arrays, crossing, state):
-  split, op, whole, kind = part
+  split, op, whole, algebra = part
   element = whole(arrays, jnp.zeros_like(state))
   if crossing is not None:
     start = find_segments(arrays["segment_ids"], reverse=split.reverse).start
     element = affine.reset(element, start.any(axis=1) | crossing)
-  entered, gathered = incoming(split, element, state, **dict(kind))
+  entered, gathered = incoming(split, element, state, algebra(arrays))
   (o, last), pull = jax.vjp(
     lambda arrays, state: op(arrays, enter(crossing, state)), arrays, entered
   )
-  return (o, last), (pull, element._replace(input=None), gathered)
+  return (o, last), (arrays, pull, element._replace(input=None), gathered)
 
 
 def _backward(part, residuals, cotangents):
-  split, _, _, kind = part
-  pull, element, gathered = residuals
+  split = part.split
+  arrays, pull, element, gathered = residuals
+  algebra = part.algebra(arrays)
   do, d_last = cotangents
-  transpose = lambda A: jnp.swapaxes(A, -1, -2) if dict(kind).get("dense") else A
+  transpose = lambda A: jnp.swapaxes(A, -1, -2) if algebra == DENSE else A
   element = element._replace(
     transition=transpose(element.transition), input=pull((do, jnp.zeros_like(d_last)))[1]
   )
   if gathered is not None:
     gathered = transpose(gathered[0]), gathered[1]
   backwards = split._replace(reverse=not split.reverse)
-  d_last, _ = incoming(backwards, element, d_last, gathered, **dict(kind))
+  d_last, _ = incoming(backwards, element, d_last, algebra, gathered)
   d_arrays, d_state = pull((do, d_last))
   return d_arrays, None, jnp.where(split.order() == 0, d_state, 0)
 
@@ -135,8 +138,12 @@ def _linear_scan_whole(arrays, zero, options):
 
 def _selective_scan_whole(arrays, zero, options):
   dt = jnp.sum(_real(arrays, arrays["dt"].astype(zero.dtype)), axis=1)
-  transition = jnp.exp(dt[..., None] * arrays["A"].astype(zero.dtype))
-  return affine.Affine(transition, _after(selective_scan, arrays, zero, options))
+  return affine.Affine(dt, _after(selective_scan, arrays, zero, options))
+
+
+def _selective_scan_algebra(A, **arrays):
+  """Sent is the sum of dt, [B D], from which every device has the transition [B D N]."""
+  return Algebra(expand=lambda dt: jnp.exp(dt[..., None] * A.astype(dt.dtype)))
 
 
 def _linear_attention_whole(arrays, zero, options):
@@ -243,7 +250,7 @@ def _tracked_plstm(split, arguments):
 
   if arguments["initial_state"] is not None:
     arguments = {**arguments, "initial_state": to_rows(arguments["initial_state"])}
-  o, after = recurrence(op, whole, lambda **_: {"dense": True})(split, arguments)
+  o, after = recurrence(op, whole, lambda **arrays: DENSE)(split, arguments)
   return o, from_rows(after)
 
 
@@ -255,7 +262,7 @@ time_axis.declare(
 )
 time_axis.declare(
   "selective_scan",
-  recurrence(selective_scan, _selective_scan_whole),
+  recurrence(selective_scan, _selective_scan_whole, _selective_scan_algebra),
   {
     "x": "B T D", "dt": "B T D", "A": "D N", "B": "B T N", "C": "B T N", "D": "D",
     "initial_state": "B D N", "segment_ids": "B T",
@@ -267,7 +274,7 @@ time_axis.declare(
   recurrence(
     linear_attention,
     _linear_attention_whole,
-    lambda beta=None, **arrays: {} if beta is None else {"dense": True},
+    lambda beta=None, **arrays: Algebra() if beta is None else DENSE,
   ),
   {
     "q": "B T Hq K", "k": "B T Hq K", "v": "B T H V", "log_decay": "B T H", "beta": "B T H",

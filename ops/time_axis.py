@@ -20,29 +20,40 @@ from typing import Any, NamedTuple
 
 import jax
 
+from ops import dispatch
+
 TIME = "seq"
 # The mesh axes that a letter of a shape is split over.
 AXES = {"B": ("data", "fsdp"), "T": (TIME,), "H": ("tensor",), "Hq": ("tensor",), "D": ("tensor",)}
 METHODS = ("all_gather", "all_scan", "doubling")
 
-_method: contextvars.ContextVar[str] = contextvars.ContextVar("method", default="auto")
+_exchange: contextvars.ContextVar[tuple[str, int | None]] = contextvars.ContextVar(
+  "exchange", default=("auto", None)
+)
 
 
 @contextlib.contextmanager
-def exchange(method: str):
-  """Within it, states move between devices by `method`: "all_gather", "all_scan", "doubling", or
-  "auto".
+def exchange(method: str, blocks: int | None = None):
+  """Within it, states move between devices by `method`.
+
+  Args:
+    method: "all_gather", "all_scan", "doubling", or "auto": the first for up to 8 devices along
+      time, the last for more.
+    blocks: that "all_scan" sends a state in; None chooses by its size. Taken down to what divides
+      the state's last axis.
 
   Raises:
-    ValueError: there is no such method.
+    ValueError: there is no such method, or no such number of blocks.
   """
   if method not in (*METHODS, "auto"):
     raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)} or auto")
-  token = _method.set(method)
+  if blocks is not None and blocks < 1:
+    raise ValueError(f"blocks is {blocks}, expected at least 1 or None")
+  token = _exchange.set((method, blocks))
   try:
     yield
   finally:
-    _method.reset(token)
+    _exchange.reset(token)
 
 
 class Split(NamedTuple):
@@ -51,6 +62,7 @@ class Split(NamedTuple):
   P: int  # devices along time
   method: str  # of METHODS
   reverse: bool  # time runs from the last device to the first
+  blocks: int | None = None  # of a state, for "all_scan"
   axis: str = TIME
 
   def order(self) -> jax.Array:
@@ -146,15 +158,20 @@ def splits_time(op: Callable) -> Callable:
 def _split(op, bound):
   arguments, declared = bound.arguments, _declared[op.__name__]
   given = {name: value for name, value in arguments.items() if name in declared.letters}
+  given = jax.tree.map(jax.numpy.asarray, given)  # parameters may be numbers
   # Mistakes are told in the shapes that the caller knows, not in those of shards.
-  expected = jax.eval_shape(lambda arrays: _call(op, bound, arrays), given)
+  with dispatch.recorded():  # what is chosen here does not run
+    expected = jax.eval_shape(lambda arrays: _call(op, bound, arrays), given)
   sizes = _sizes(given, declared.letters)
   mesh, P = jax.sharding.get_abstract_mesh(), devices_along_time()
   if sizes["T"] % P or declared.unsplit(**arguments):
     return op(*bound.args, **bound.kwargs)
   spec = lambda letters: jax.P(*(_axes(mesh, letter, sizes) for letter in letters.split()))
   place = lambda letters, tree: jax.tree.map(lambda _: spec(letters), tree)
-  split = Split(P, _chosen(P), bool(arguments.get("reverse")))
+  method, blocks = _exchange.get()
+  if method == "auto":
+    method = "all_gather" if P <= 8 else "doubling"
+  split = Split(P, method, bool(arguments.get("reverse")), blocks)
   others = {name: value for name, value in arguments.items() if name not in given}
   body = lambda arrays: declared.form(split, {**others, **arrays})
   in_specs = {name: place(declared.letters[name], value) for name, value in given.items()}
@@ -165,14 +182,6 @@ def _split(op, bound):
 def _call(op, bound, arrays):
   changed = inspect.BoundArguments(bound.signature, {**bound.arguments, **arrays})
   return op(*changed.args, **changed.kwargs)
-
-
-def _chosen(P: int) -> str:
-  """Few devices gather, in one step; many double, in log2 P."""
-  method = _method.get()
-  if method != "auto":
-    return method
-  return "all_gather" if P <= 8 else "doubling"
 
 
 def _sizes(given, letters) -> dict[str, int]:
