@@ -7,6 +7,7 @@ transitions is ever formed.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -70,6 +71,13 @@ def before(h: Array, state: Array, start: Bool[Array, "W B"] | None) -> Array:
   return h if start is None else where_mask(~start, h)
 
 
+class Scan(NamedTuple):
+  """A scan of a window, before it is known what enters it."""
+
+  whole: Callable[[], affine.Affine]  # the window as one map
+  states: Callable[..., tuple[Array, Array]]  # what `affine_scan` returns, for what enters
+
+
 def affine_scan(
   elements: affine.Affine,
   state: Array,
@@ -92,28 +100,55 @@ def affine_scan(
   Returns:
     The states [W B ...], and the last one [B ...].
   """
-  state = varying_like(state, *elements)
-  solve = _associative if dispatch.platform() == "gpu" else functools.partial(_chunked, C=C)
+  return begin_scan(elements, C, reverse=reverse, **kind).states(state, incoming=incoming)
+
+
+def begin_scan(elements: affine.Affine, C: int, *, reverse: bool = False, **kind: bool) -> Scan:
+  """As `affine_scan`, for who must tell others the window's map to learn what enters it."""
+  begin = _associative if dispatch.platform() == "gpu" else functools.partial(_chunked, C=C)
   with jax.default_matmul_precision("highest"):
-    h = solve(elements, state, reverse=reverse, kind=kind)
-  last = h[0] if reverse else h[-1]
-  if incoming:
-    h = jnp.concatenate([h[1:], state[None]] if reverse else [state[None], h[:-1]])
-  return h, last
+    whole, solve = begin(elements, reverse=reverse, kind=kind)
+
+  def exact_whole():
+    with jax.default_matmul_precision("highest"):
+      return whole()
+
+  def states(state, *, incoming=False):
+    state = varying_like(state, *elements)
+    with jax.default_matmul_precision("highest"):
+      h = solve(state)
+    last = h[0] if reverse else h[-1]
+    if incoming:
+      h = jnp.concatenate([h[1:], state[None]] if reverse else [state[None], h[:-1]])
+    return h, last
+
+  return Scan(exact_whole, states)
 
 
-def _associative(elements, state, *, reverse, kind):
+def _associative(elements, *, reverse, kind):
   """In log W steps, each over everything."""
   compose = lambda earlier, later: affine.compose(earlier, later, **kind)
   prefix = jax.lax.associative_scan(compose, elements, reverse=reverse)
-  return affine.apply(prefix, jnp.broadcast_to(state, elements.input.shape), **kind)
+  whole = lambda: jax.tree.map(lambda x: x[0 if reverse else -1], prefix)
+  everywhere = lambda state: jnp.broadcast_to(state, elements.input.shape)
+  return whole, lambda state: affine.apply(prefix, everywhere(state), **kind)
 
 
-def _chunked(elements, state, *, C, reverse, kind):
+def _chunked(elements, *, C, reverse, kind):
   W = elements.input.shape[0]
   chunks = jax.tree.map(lambda x: x.reshape(W // C, C, *x.shape[1:]), elements)
-  between = state[None] if C == W else _between(_whole(chunks, reverse, kind), state, reverse, kind)
-  return _within(chunks, between, reverse, kind).reshape(elements.input.shape)
+  # Of a single chunk only who asks for it needs the map.
+  maps = functools.cache(lambda: _whole(chunks, reverse, kind))
+
+  def whole():
+    one = maps() if C == W else _whole(jax.tree.map(lambda x: x[None], maps()), reverse, kind)
+    return jax.tree.map(lambda x: x[0], one)
+
+  def solve(state):
+    between = state[None] if C == W else _between(maps(), state, reverse, kind)
+    return _within(chunks, between, reverse, kind).reshape(elements.input.shape)
+
+  return whole, solve
 
 
 # The loops count in unsigned numbers: of others XLA asks at every step whether they are negative.

@@ -2,23 +2,26 @@
 other.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ops import dispatch
-from ops.affine_scan import choose_plan, from_windows, to_windows
+from ops.affine_scan import Plan, choose_plan, from_windows, to_windows
 from ops.newton_cells import Cell, check_step, floating_dtype, guess_state_shape
-from ops.newton_solve import Options, Tokens, recurrent, solve
+from ops.newton_solve import Options, Report, Tokens, recurrent, solve
 from ops.precision import varying_like
 from ops.segments import find_segments, where_mask
+from ops.time_axis import splits_time
 
 METHODS = ("newton", "quasi", "jacobi")
 POLICIES = ("ignore", "warn", "fallback", "nan")
 
 
+@splits_time
 def newton_scan(
   cell: Cell,
   params: Any,
@@ -76,11 +79,47 @@ def newton_scan(
   options = Options(
     iterations, tolerance, method, damping, relaxation, window, policy, limit
   )  # fmt: skip
+  problem = pose(cell, params, x, initial_state, segment_ids, reverse, options)
+  _, run = problem.choose(implementation)
+  h, result = run(cell, options, problem.params, problem.tokens, problem.state)
+  return problem.answer(h, h[:, -1], result if report else None)
+
+
+class Problem(NamedTuple):
+  """The arguments of `newton_scan`, checked, in the order of time, in the dtype of the states."""
+
+  cell: Cell
+  options: Options
+  params: Any
+  tokens: Tokens
+  state: Array  # before the first token
+  segment_ids: Array | None
+  reverse: bool
+  dtype: Any  # of the states returned
+
+  def choose(self, implementation: str | None, parts: int = 1) -> tuple[str, Callable]:
+    """The implementation that runs it, these tokens being one of so many parts."""
+    length = parts * jax.tree.leaves(self.tokens.x)[0].shape[1]
+    return dispatch.choose(
+      "newton_scan", implementation, cell=self.cell, x=self.tokens.x,
+      initial_state=self.state, length=length, segment_ids=self.segment_ids, options=self.options,
+    )  # fmt: skip
+
+  def answer(self, h: Array, final_state: Array, report: Report | None):
+    """What `newton_scan` returns, from the states of all tokens in the order of time."""
+    real = self.tokens.real
+    h = h if real is None else where_mask(real, h)
+    h = (jnp.flip(h, 1) if self.reverse else h).astype(self.dtype)
+    return (h, final_state) if report is None else (h, final_state, report)
+
+
+def pose(cell, params, x, initial_state, segment_ids, reverse, options) -> Problem:
+  """The problem that these arguments of `newton_scan` are; raises what it raises."""
   _check_options(options)
   if not isinstance(cell, Cell):
     raise ValueError(f"cell is a {type(cell).__name__}, expected an ops.Cell(step, structure)")
   params, x = jax.tree.map(jnp.asarray, (params, x))
-  rows, length = _check_tokens(x, segment_ids)
+  rows, _ = _check_tokens(x, segment_ids)
   dtype = floating_dtype(params, x, initial_state)
   floats = [leaf for leaf in jax.tree.leaves(x) if jnp.issubdtype(leaf.dtype, jnp.floating)]
   out_dtype = jnp.result_type(*floats) if floats else dtype
@@ -93,24 +132,15 @@ def newton_scan(
   dispatch.check_shapes(x=(rows_of_x, "B"), initial_state=(initial_state, letters))
   dispatch.check_dtypes(initial_state=initial_state)
   check_step(cell, params, jax.ShapeDtypeStruct(initial_state.shape, dtype), first)
-  _, run = dispatch.choose(
-    "newton_scan", implementation, cell=cell, x=x, initial_state=initial_state, length=length,
-    segment_ids=segment_ids, options=options,
-  )  # fmt: skip
   state = varying_like(initial_state.astype(dtype), *jax.tree.leaves((params, x)), segment_ids)
-  tokens, segments = Tokens(x, None, None), None
+  tokens = Tokens(x, None, None)
   if segment_ids is not None:
     segments = find_segments(segment_ids, reverse=reverse)
     x = jax.tree.map(lambda leaf: where_mask(segments.real, leaf), x)
     tokens = Tokens(x, segments.real, segments.start)
   if reverse:
     tokens = jax.tree.map(lambda leaf: jnp.flip(leaf, 1), tokens)
-  h, result = run(cell, options, params, tokens, state)
-  final_state = h[:, -1]
-  h = jnp.flip(h, 1) if reverse else h
-  h = h if segments is None else where_mask(segments.real, h)
-  h = h.astype(out_dtype)
-  return (h, final_state, result) if report else (h, final_state)
+  return Problem(cell, options, params, tokens, state, segment_ids, reverse, out_dtype)
 
 
 def _widen(leaf, dtype):
@@ -161,17 +191,27 @@ def _check_tokens(x, segment_ids) -> tuple[int, int]:
 def _parallel(cell, options, params, tokens, state):
   T = jax.tree.leaves(tokens.x)[0].shape[1]
   plan = choose_plan(T, state.size, options.window)
-  real = tokens.real
+  h, result = solve(cell, options, plan, params, fold(tokens, plan), state)
+  return obey(options, from_windows(h, plan), result), result
+
+
+def fold(tokens: Tokens, plan: Plan) -> Tokens:
+  """Tokens [B T ...] as windows [S W B ...]; what fills them up is padding."""
+  x, real, start = tokens
   if plan.filled and real is None:
-    real = jnp.ones((state.shape[0], T), bool)
-  x = jax.tree.map(lambda leaf: to_windows(leaf, plan, edge=True), tokens.x)
-  masks = (None if mask is None else to_windows(mask, plan) for mask in (real, tokens.start))
-  h, result = solve(cell, options, plan, params, Tokens(x, *masks), state)
+    real = jnp.ones(jax.tree.leaves(x)[0].shape[:2], bool)
+  masks = (None if mask is None else to_windows(mask, plan) for mask in (real, start))
+  return Tokens(jax.tree.map(lambda leaf: to_windows(leaf, plan, edge=True), x), *masks)
+
+
+def obey(options: Options, h: Array, result: Report, speaks: bool | Array = True) -> Array:
+  """The states that `options.policy` makes of Newton's; of many devices one speaks."""
   if options.policy == "warn":
-    jax.debug.callback(_warn, result.residual, result.iterations, limit=options.limit)
+    residual = jnp.where(speaks, result.residual, 0)
+    jax.debug.callback(_warn, residual, result.iterations, limit=options.limit)
   if options.policy == "nan":
     h *= jnp.where(result.residual <= options.limit, 1.0, jnp.nan).astype(h.dtype)
-  return from_windows(h, plan), result
+  return h
 
 
 def _warn(residual, iterations, limit):

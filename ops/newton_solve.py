@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ops import affine, dispatch
-from ops.affine_scan import affine_scan, before, from_windows, to_windows
+from ops.affine_scan import Scan, before, begin_scan, from_windows, to_windows
+from ops.floating import filled_in, floating
 from ops.newton_cells import KINDS, product, transpose, unit, value_and_jacobian
 from ops.precision import varying_like
 from ops.segments import where_mask
@@ -103,18 +104,26 @@ def solve(cell, options, plan, params, tokens, state):
 def _spoil(cell, plan, params, tokens, state, h):
   """NaN from where a document's states are not finite to its end, as in the loop: iterates put
   finite guesses there."""
-  flat = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])
-  tokens, y = jax.tree.map(flat, (tokens, h))
-  value = _value(cell, params, before(y, state, tokens.start), tokens)
-  bad = ~(jnp.isfinite(value) & jnp.isfinite(y))
+  tokens, y = jax.tree.map(_flat, (tokens, h))
+  return jnp.where(spoilt(cell, params, tokens, state, y), jnp.nan, y).reshape(h.shape)
+
+
+def spoilt(cell, params, tokens, state, h):
+  """Where a document's states have not been finite, bool [W B ...]."""
+  value = _value(cell, params, before(h, state, tokens.start), tokens)
+  bad = ~(jnp.isfinite(value) & jnp.isfinite(h))
   if cell.structure != "diagonal":  # what is coupled goes together
-    bad = jnp.broadcast_to(bad.any(-1 if cell.structure == "dense" else -2, keepdims=True), y.shape)
-  places = jnp.arange(len(y)).reshape(-1, *(1,) * (y.ndim - 1))
+    bad = jnp.broadcast_to(bad.any(-1 if cell.structure == "dense" else -2, keepdims=True), h.shape)
+  places = jnp.arange(len(h)).reshape(-1, *(1,) * (h.ndim - 1))
   last = jax.lax.cummax(jnp.where(bad, places, -1), axis=0)
   begin = jnp.zeros((), places.dtype)
   if tokens.start is not None:
-    begin = jax.lax.cummax(jnp.where(_align(tokens.start, y), places, 0), axis=0)
-  return jnp.where(last >= begin, jnp.nan, y).reshape(h.shape)
+    begin = jax.lax.cummax(jnp.where(_align(tokens.start, h), places, 0), axis=0)
+  return last >= begin
+
+
+def _flat(leaf):
+  return leaf.reshape(-1, *leaf.shape[2:])
 
 
 def _loop(cell, options, plan, params, tokens, state):
@@ -130,19 +139,11 @@ def _solve_forward(cell, options, plan, params, tokens, state):
 def _solve_backward(cell, options, plan, residuals, cotangents):
   params, tokens, state, h = residuals
   # One window of all tokens: nothing is evaluated more than once.
-  flat = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])
-  tokens, h, g = jax.tree.map(flat, (tokens, h, cotangents[0]))
+  tokens, h, g = jax.tree.map(_flat, (tokens, h, cotangents[0]))
   previous = before(h, state, tokens.start)
-  J = transpose(cell, _jacobian(cell, params, previous, tokens)[1])
-  elements = affine.Affine(J, product(cell, J, g))
-  if tokens.start is not None:
-    elements = affine.reset(elements, tokens.start)
-    elements = elements._replace(input=where_mask(~tokens.start, elements.input))
-  nothing = jnp.zeros_like(state)
-  incoming, d_state = _scan_linear(cell, plan, elements, nothing, reverse=True, incoming=True)
-  l = g + incoming
-  l = l if tokens.real is None else where_mask(tokens.real, l)
-  d_params, d_x = _pull_back(cell, params, tokens.x, previous, l)
+  adjoint = begin_adjoint(cell, plan, params, tokens, previous, g)
+  later, d_state = adjoint.states(jnp.zeros_like(state), incoming=True)
+  d_params, d_x = pull_back(cell, params, tokens, previous, g + later)
   d_x = jax.tree.map(lambda leaf: leaf.reshape(plan.S, -1, *leaf.shape[1:]), d_x)
   return d_params, Tokens(d_x, None, None), d_state
 
@@ -150,12 +151,24 @@ def _solve_backward(cell, options, plan, residuals, cotangents):
 solve.defvjp(_solve_forward, _solve_backward)
 
 
-def _pull_back(cell, params, x, previous, l):
+def begin_adjoint(cell, plan, params, tokens, previous, g) -> Scan:
+  """Of what reaches the states before tokens [W B ...] from what comes behind them, from the right;
+  g [W B ...] are the cotangents of the tokens' own states."""
+  J = transpose(cell, _jacobian(cell, params, previous, tokens)[1])
+  elements = affine.Affine(J, product(cell, J, g))
+  if tokens.start is not None:
+    elements = affine.reset(elements, tokens.start)
+    elements = elements._replace(input=where_mask(~tokens.start, elements.input))
+  return _begin_scan(cell, plan, elements, reverse=True)
+
+
+def pull_back(cell, params, tokens, previous, l):
   """What l [W B ...] sends through the cell to the parameters and to x."""
+  x, l = tokens.x, l if tokens.real is None else where_mask(tokens.real, l)
 
   def pull(h, x, l):
-    local = lambda moved, x_moved: cell.step(_filled_in(moved, params), h, _filled_in(x_moved, x))
-    return jax.vjp(local, _floating(params), _floating(x))[1](l)
+    local = lambda moved, x_moved: cell.step(filled_in(moved, params), h, filled_in(x_moved, x))
+    return jax.vjp(local, floating(params), floating(x))[1](l)
 
   size = sum(leaf.size for leaf in jax.tree.leaves(params))
   if dispatch.platform() != "cpu" or size > 8 * previous[0, 0].size:
@@ -167,21 +180,6 @@ def _pull_back(cell, params, x, previous, l):
     return jax.tree.map(
       lambda share: jnp.tensordot(jnp.ones(l.shape[:2], share.dtype), share, 2), shares
     ), d_x
-
-
-def _floating(tree):
-  """`tree` with None in place of what is not floating, and so has no cotangent."""
-  is_floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
-  return jax.tree.map(lambda leaf: leaf if is_floating(leaf) else None, tree)
-
-
-def _filled_in(floating, tree):
-  return jax.tree.map(
-    lambda given, leaf: leaf if given is None else given,
-    floating,
-    tree,
-    is_leaf=lambda g: g is None,
-  )
 
 
 def initial_guess(cell, limits, params, tokens, state, *leading):
@@ -199,59 +197,97 @@ def _clip(h, limits):
 
 def _newton(cell, options, plan, limits, params, tokens, guess, state):
   """Newton's states in a window, their residual, and the iterations made."""
-  iterate, residual = iteration(cell, options, plan, limits, params, tokens, guess, state)
+  iterate, measure = iteration(cell, options, plan, limits, params, tokens, guess, state)
+  h, error, count = repeat(options, iterate, measure, guess)
+  return h, measure(h) if error is None else error, count
+
+
+def repeat(options, iterate, residual, first):
+  """The last iterate, a pytree as `first`; its residual, where a tolerance asked for it, or None;
+  and the iterations made."""
   if options.tolerance is None:
-    h = jax.lax.fori_loop(0, options.iterations, lambda _, h: iterate(h), guess)
-    return h, residual(h), jnp.asarray(options.iterations, jnp.int32)
+    h = jax.lax.fori_loop(0, options.iterations, lambda _, h: iterate(h), first)
+    return h, None, jnp.asarray(options.iterations, jnp.int32)
 
   def unfinished(carry):
     _, error, count = carry
     return (count < options.iterations) & ~(error <= options.tolerance)
 
-  def advance(carry):
+  def again(carry):
     h = iterate(carry[0])
     return h, residual(h), carry[2] + 1
 
-  first = guess, residual(guess), jnp.zeros((), jnp.int32)
-  return jax.lax.while_loop(unfinished, advance, first)
+  return jax.lax.while_loop(
+    unfinished, again, (first, residual(first), jnp.zeros((), jnp.int32))
+  )  # fmt: skip
 
 
 def iteration(cell, options, plan, limits, params, tokens, guess, state):
   """Two functions of an iterate of a window: the next one, and the residual."""
 
+  zeros = jnp.zeros_like(state)
+
   def iterate(h):
-    h = h + options.relaxation * _increment(cell, options, plan, params, tokens, state, h)
-    return _clip(jnp.where(jnp.isfinite(h), h, guess), limits)
+    d, _ = begin_increment(cell, options, plan, params, tokens, state, h).states(zeros)
+    return advance(options, limits, h, d, guess)
 
-  def residual(h):
-    return jnp.max(jnp.abs(_value(cell, params, before(h, state, tokens.start), tokens) - h))
-
-  return iterate, residual
+  return iterate, functools.partial(residual, cell, params, tokens, state)
 
 
-def _increment(cell, options, plan, params, tokens, state, h):
-  """The solution of d_t = A_t d_{t-1} + f(h_{t-1}, x_t) - h_t."""
+def advance(options, limits, h, d, guess):
+  """The iterate after h, d being its increment."""
+  h = h + options.relaxation * d
+  return _clip(jnp.where(jnp.isfinite(h), h, guess), limits)
+
+
+def residual(cell, params, tokens, state, h):
+  """max |h_t - f(h_{t-1}, x_t)| of a window."""
+  return jnp.max(jnp.abs(_value(cell, params, before(h, state, tokens.start), tokens) - h))
+
+
+def begin_increment(cell, options, plan, params, tokens, state, h, given=True) -> Scan:
+  """Of d_t = A_t d_{t-1} + f(h_{t-1}, x_t) - h_t.
+
+  Args:
+    given: whether `state`, before the first token, is no unknown; may be an array.
+  """
   previous = before(h, state, tokens.start)
   if options.method == "jacobi":
-    return _value(cell, params, previous, tokens) - h
+    d = _value(cell, params, previous, tokens) - h
+    return Scan(None, lambda state: (d, d[-1]))
   diagonal = options.method == "quasi"
   f, A = _jacobian(cell, params, previous, tokens, diagonal=diagonal, own=True)
-  # What comes before the first token is given: nothing multiplies it, were it inf or NaN.
+  # Nothing multiplies what is given, were it inf or NaN.
   first = jnp.arange(len(A)).reshape(-1, *(1,) * (A.ndim - 1)) == 0
-  A = jnp.where(first, 0, (1 - options.damping) * A)
+  A = jnp.where(first & given, 0, (1 - options.damping) * A)
   elements = affine.Affine(A, f - h)
   if tokens.start is not None:
     elements = affine.reset(elements, tokens.start)
-  return _scan_linear(cell, plan, elements, jnp.zeros_like(state), diagonal=diagonal)[0]
+  return _begin_scan(cell, plan, elements, diagonal=diagonal)
 
 
-def _scan_linear(cell, plan, elements, state, *, diagonal=False, **options):
-  kind = {} if diagonal else KINDS[cell.structure]
+def map_kind(cell, diagonal: bool) -> dict[str, bool]:
+  """Of the maps of increments, as in `ops.affine`."""
+  return {} if diagonal else KINDS[cell.structure]
+
+
+def _begin_scan(cell, plan, elements, *, diagonal=False, reverse=False):
+  """As `affine_scan.begin_scan`; dense matrices act on columns."""
+  kind = map_kind(cell, diagonal)
   if kind != KINDS["dense"]:
-    return affine_scan(elements, state, plan.C, **kind, **options)
+    return begin_scan(elements, plan.C, reverse=reverse, **kind)
   elements = elements._replace(input=elements.input[..., None])
-  h, last = affine_scan(elements, state[..., None], plan.C, **kind, **options)
-  return h[..., 0], last[..., 0]
+  scan = begin_scan(elements, plan.C, reverse=reverse, **kind)
+
+  def whole():
+    element = scan.whole()
+    return element._replace(input=element.input[..., 0])
+
+  def states(state, **options):
+    h, last = scan.states(state[..., None], **options)
+    return h[..., 0], last[..., 0]
+
+  return Scan(whole, states)
 
 
 def _value(cell, params, previous, tokens):
