@@ -177,7 +177,7 @@ def _gathered(how: _How, keys: Keys) -> Keys:
   P, axis = how.split.P, how.split.axis
   kv = jax.lax.all_gather(keys.kv, axis)
   if how.packed:
-    return Keys(kv, jax.lax.all_gather(keys.at, axis))
+    return Keys(kv, Places(*jnp.moveaxis(jax.lax.all_gather(jnp.stack(keys.at), axis), 1, 0)))
   return Keys(kv, jax.vmap(lambda part: _places_of(how, keys, part))(jnp.arange(P)))
 
 
@@ -189,15 +189,15 @@ def _places_of(how: _How, keys: Keys, part) -> Places:
 
 def _moving(how: _How, keys: Keys):
   """What a ring sends."""
-  return (keys.kv, keys.at if how.packed else None)
+  return keys.kv, jnp.stack(keys.at) if how.packed else None
 
 
 def _block(how: _How, keys: Keys, moving, r) -> Keys:
   """The keys that are here after `r` hops."""
-  kv, at = moving
-  return Keys(
-    kv, _places_of(how, keys, (how.split.order() - r) % how.split.P) if at is None else at
-  )
+  kv, places = moving
+  if places is not None:
+    return Keys(kv, Places(*places))
+  return Keys(kv, _places_of(how, keys, (how.split.order() - r) % how.split.P))
 
 
 def _hop(how: _How, x, hops: int = 1):
