@@ -35,7 +35,7 @@ def get_config(arg=None):
     **{
       "130m": lambda config: _size(config, 768, 24, 3e-3),
       "370m": lambda config: _size(config, 1024, 48, 1.5e-3),
-      "1b4": lambda config: _size(config, 2048, 48, 1e-3),
+      "1b4": lambda config: _sharded(_size(config, 2048, 48, 1e-3)),
     },
   )
 
@@ -44,3 +44,10 @@ def _size(config, D, L, learning_rate):
   config.model.D = D
   config.model.L = L
   config.optim.learning_rate = learning_rate
+  return config
+
+
+def _sharded(config):
+  # Parameters and moments take 15.3 GiB: more than many a device can keep a copy of.
+  config.mesh.data = 1
+  config.mesh.fsdp = -1

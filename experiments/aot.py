@@ -120,7 +120,7 @@ def compile_step(config, mesh: jax.sharding.Mesh, topology: topologies.Topology)
       # A compiler of CPUs dumps every kernel, in thousands of files, and says less.
       compiled = lowered.compile(compiler_options={"xla_dump_to": scratch} if on_tpu else {})
     except jax.errors.JaxRuntimeError as error:
-      needed = _out_of_memory(str(error))
+      needed = needed_bytes(str(error))
       if needed is None:
         said = " ".join(str(error).split())[:400]
         raise UserError(f"XLA cannot compile the step for {topology}: {said}", status=1) from None
@@ -182,10 +182,10 @@ def next_guess(known: dict[int, tuple[bool, float]], limit: float) -> int | None
   (_, first), (_, second) = known[ends[0]], known[ends[1]]
   slope = (second - first) / (ends[1] - ends[0])
   guess = int(ends[0] + (limit - first) / slope) if slope > 0 else 2 * low
-  return max(low + 1, min(guess, high - 1 if high is not None else 8 * low))
+  return max(low + 1, min(guess, high - 1 if high is not None else 64 * low))
 
 
-def _out_of_memory(message: str) -> float | None:
+def needed_bytes(message: str) -> float | None:
   """Bytes that XLA says the program needs, where it says that there are not as many."""
   if "RESOURCE_EXHAUSTED" not in message:
     return None

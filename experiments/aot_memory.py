@@ -162,7 +162,11 @@ def _inside_fusions(computation: hlo.Computation) -> set[str]:
 
 
 def _largest(buffers: list[Buffer]) -> list[Buffer]:
-  return sorted(buffers, key=lambda buffer: -buffer.bytes)[:12]
+  """Eight of what a step is given, and eight temporaries."""
+  ordered = sorted(buffers, key=lambda buffer: -buffer.bytes)
+  given = [buffer for buffer in ordered if buffer.part != TEMPORARIES][:8]
+  temporary = [buffer for buffer in ordered if buffer.part == TEMPORARIES][:8]
+  return sorted(given + temporary, key=lambda buffer: -buffer.bytes)
 
 
 def _present(parts: dict[str, int]) -> dict[str, int]:

@@ -43,7 +43,7 @@ def facts(config, topology: Topology, mesh, compiled) -> dict[str, Any]:
     "fits": compiled.fits,
     "needed_bytes_per_device": _finite(compiled.needed_bytes),
     "available_bytes_per_device": chip and chip.hbm_bytes,
-    "parts_bytes_per_device": {**memory.parts, "program": compiled.program_bytes} if memory else {},
+    "parts_bytes_per_device": _parts(compiled),
     "largest_arrays": [dataclasses.asdict(buffer) for buffer in memory.largest] if memory else [],
     "flops_per_step": flops,
     "compile_seconds": round(compiled.seconds, 1),
@@ -55,6 +55,11 @@ def facts(config, topology: Topology, mesh, compiled) -> dict[str, Any]:
   if compiled.fits and chip:
     found["estimate"] = estimate(found, chip, mesh.size)
   return found
+
+
+def _parts(compiled) -> dict[str, int]:
+  parts = dict(compiled.memory.parts) if compiled.memory else {}
+  return {**parts, "program": compiled.program_bytes} if compiled.program_bytes else parts
 
 
 def _communication(program) -> dict[str, Any]:
@@ -172,18 +177,16 @@ def at_fault(found: dict[str, Any]) -> str:
     return message
   parts = found["parts_bytes_per_device"]
   kept = sum(size for name, size in parts.items() if name != "temporaries")
-  if kept > available:
-    array = next(a for a in arrays if a["part"] != "temporaries")
-    remedy = "spread them with --config.mesh.fsdp"
-    return (
-      f"{message}: what a run keeps takes {_size(kept)}, most of it {array_text(array)}; {remedy}"
-    )
-  array = next((a for a in arrays if a["part"] == "temporaries"), arrays[0])
-  remedy = "lower --config.train.batch_size or raise --config.train.accumulate"
-  return (
-    f"{message}: what a run keeps takes {_size(kept)}, temporaries {_size(needed - kept)}, the"
-    f" largest of them {array_text(array)}, {_size(array['bytes'])}; {remedy}"
+  message += f": what a run keeps takes {_size(kept)}, temporaries {_size(needed - kept)}"
+  array = next(
+    (a for a in arrays if (a["part"] == "temporaries") == (kept <= available)), arrays[0]
   )
+  # What has the shape of parameters is their gradient, or a copy of them.
+  if array["shape"] in {a["shape"] for a in arrays if a["part"] != "temporaries"}:
+    remedy = "spread parameters over devices with --config.mesh.fsdp"
+  else:
+    remedy = "lower --config.train.batch_size or raise --config.train.accumulate"
+  return f"{message}; the largest array is {array_text(array)}, {_size(array['bytes'])}; {remedy}"
 
 
 def array_text(array: dict[str, Any]) -> str:

@@ -70,6 +70,7 @@ def parse(text: str) -> Topology:
 def prepare(topology: Topology) -> None:
   """Sets what JAX and libtpu read from the environment: to be called before JAX is imported."""
   os.environ["JAX_PLATFORMS"] = "cpu"
+  os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # which keeps no account of memory
   if topology.kind == "cpu":
     count = "--xla_force_host_platform_device_count"
     others = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if count not in flag]
