@@ -1,4 +1,4 @@
-"""The one program: python run.py --config=configs/X.py [--mode=train|eval|sample|bench|doctor]"""
+"""The one program: run.py --config=configs/X.py [--mode=train|eval|sample|aot|bench|doctor]"""
 
 import errno
 import os
@@ -25,10 +25,16 @@ def main(argv: list[str]) -> int:
   invocation = None
   try:
     # Imported here, so that a mistake while importing a missing extra is told like any other.
-    from experiments import configuration, modes
+    from experiments import configuration
 
     invocation = configuration.parse(argv)
-    modes.run(invocation)
+    if invocation.mode not in configuration.JOINT_MODES:
+      _run(invocation)
+    else:
+      from experiments import processes
+
+      with processes.together(invocation.processes):
+        _run(invocation)
   except UserError as error:
     return _fail(str(error), error.status)
   except KeyboardInterrupt:
@@ -43,6 +49,17 @@ def main(argv: list[str]) -> int:
     place = error.filename or (f"a file in {invocation.workdir}" if invocation else "a file")
     return _fail(f"{place} cannot be read or written: {error.strerror}", 1)
   return 0
+
+
+def _run(invocation) -> None:
+  if invocation.mode == "aot":
+    from experiments import topologies
+
+    topologies.prepare(topologies.parse(invocation.options.get("topology", "")))
+  # What devices there are, and of which other processes, is settled before a module asks for them.
+  from experiments import modes
+
+  modes.run(invocation)
 
 
 def _fail(message: str, status: int) -> int:

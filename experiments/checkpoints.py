@@ -26,8 +26,8 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from experiments import processes
 from experiments.checksums import checksums
 from experiments.errors import UserError
 from experiments.rules import path_name
@@ -115,7 +115,8 @@ class Checkpoints:
     self._saving: int | None = None
     _return_large_blocks()
     self._manager = self._open()
-    self._began = time.time()
+    # Times of the first process: all must find the same checkpoints worth keeping.
+    self._began = processes.that_of_first(time.time())
     self._facts: dict[int, _Fact] = {}
     for step in self.steps():
       record = self._record(step)
@@ -169,7 +170,7 @@ class Checkpoints:
       # A list because checkpoints once held the state of each process.
       "data": [data_state],
       "metrics": {key: float(value) for key, value in (metrics or {}).items()},
-      "saved": time.time(),
+      "saved": processes.that_of_first(time.time()),
       "began": self._began,
     }
     self._note(step, record)
@@ -235,10 +236,6 @@ class Checkpoints:
     tried = ", ".join(map(str, sorted(damaged)))
     raise UserError(f"no checkpoint in {self.directory} can be read (tried {tried})")
 
-  def preempted(self, step: int) -> bool:
-    """Whether the cluster is about to take the machine away, agreed on by all processes."""
-    return self._manager.reached_preemption(step)
-
   def close(self) -> None:
     """Finishes the last save and lets go of the directory.
 
@@ -294,7 +291,7 @@ class Checkpoints:
   def _read(self, step: int, abstract_state: Any) -> Restored | str:
     """A checkpoint, or what is wrong with its files. Another model's checkpoint is a UserError."""
     record = self._record(step)
-    if not _agreed(isinstance(record, dict)):
+    if not processes.all_agree(isinstance(record, dict)):
       return record if isinstance(record, str) else "another process cannot read it"
     difference = _first_difference(record["arrays"], _describe(abstract_state))
     if difference:
@@ -317,7 +314,7 @@ class Checkpoints:
         time.sleep(1)
     if not problem:
       sys.stderr.write(printed.getvalue())
-    if not _agreed(problem is None):
+    if not processes.all_agree(problem is None):
       return problem or "another process cannot read it"
     misread = _first_difference(_describe(state), _describe(abstract_state))
     if misread:
@@ -330,7 +327,7 @@ class Checkpoints:
   def _set_aside(self, steps: Sequence[int]) -> None:
     if not steps or self._read_only:
       return
-    if jax.process_index() == 0:
+    if processes.is_first():
       for step in steps:
         aside, number = self.directory / f"{step}.corrupt", 1
         while aside.exists():
@@ -338,15 +335,14 @@ class Checkpoints:
           aside = self.directory / f"{step}.corrupt-{number}"
         (self.directory / str(step)).rename(aside)
         _warn(f"checkpoint {step} is kept as {aside}")
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices("checkpoints set aside")
+    processes.all_agree(True)  # once they are set aside
     self._manager.reload()
 
   def _require_space(self, step: int, state: Any) -> None:
     """Raises UserError where the disk cannot hold the step: orbax takes a full disk hard."""
     needed = sum(x.nbytes for x in jax.tree.leaves(state)) // jax.process_count()
     free = shutil.disk_usage(self.directory).free
-    if free < needed:
+    if not processes.all_agree(free >= needed):
       raise UserError(
         f"checkpoint {step} needs {needed / 2**20:.1f} MiB in {self.directory}, which has"
         f" {free / 2**20:.1f} MiB left: no space left on device; older checkpoints are intact",
@@ -415,13 +411,6 @@ def _sealed(record: dict) -> dict:
   return {"record": json.loads(text), "crc32": zlib.crc32(text.encode())}
 
 
-def _agreed(mine: bool) -> bool:
-  """Whether it is so for every process."""
-  if jax.process_count() == 1:
-    return mine
-  return bool(multihost_utils.process_allgather(np.bool_(mine)).all())
-
-
 def _brief(error: Exception) -> str:
   """An exception in a few words, those of its first cause."""
   while error.__cause__ is not None:
@@ -449,5 +438,5 @@ def _return_large_blocks() -> None:
 
 
 def _warn(message: str) -> None:
-  if jax.process_index() == 0:
+  if processes.is_first():
     print(message, file=sys.stderr, flush=True)

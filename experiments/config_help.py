@@ -25,8 +25,10 @@ import ml_collections
 
 USAGE = (
   "python run.py --config=configs/X.py[:arg] [--workdir=runs/X]\n"
-  "              [--mode=train|eval|sample|bench|doctor] [--config.group.field=value ...]\n"
-  "              with --mode=doctor: [--op=gla,kda] [--json=doctor.json]"
+  "              [--mode=train|eval|sample|aot|bench|doctor] [--config.group.field=value ...]\n"
+  "              with --mode=aot: --topology=v5e:16x16 [--largest_batch] [--json=aot.json]\n"
+  "              with --mode=doctor: [--op=gla,kda] [--json=doctor.json]\n"
+  "              one of N processes: --coordinator=host:port --processes=N --process=i"
 )
 VALUE_WIDTH = 24
 

@@ -25,12 +25,20 @@ from ml_collections import config_dict, config_flags
 from experiments import config_help
 from experiments.errors import UserError
 
-MODES = ("train", "eval", "sample", "bench", "doctor")
+MODES = ("train", "eval", "sample", "aot", "bench", "doctor")
 
 # The flags that take a value, each with an example of one.
 FLAGS = {"config": "configs/X.py", "workdir": "runs/X", "mode": "train"}
-DOCTOR_FLAGS = {"op": "gla,kda", "json": "doctor.json"}
-FLAGS |= DOCTOR_FLAGS
+# Those of one mode only.
+OPTIONS = {
+  "doctor": {"op": "gla,kda", "json": "doctor.json"},
+  "aot": {"topology": "v5e:16x16", "largest_batch": "true", "json": "aot.json"},
+}
+SWITCHES = ("largest_batch",)  # may stand without a value
+PROCESS_FLAGS = {"coordinator": "localhost:8476", "processes": "2", "process": "0"}
+FLAGS |= OPTIONS["aot"] | OPTIONS["doctor"] | PROCESS_FLAGS
+# What several processes do together.
+JOINT_MODES = ("train", "eval", "sample")
 
 # A config file is a program, and these are the ways in which a short program goes wrong.
 CONFIG_FILE_ERRORS = (
@@ -59,6 +67,7 @@ class Invocation:
     mode: One of `MODES`.
     overrides: Dotted field -> value, for the fields set on the command line.
     options: The flags that only this mode has, by name.
+    processes: The flags that say which of several processes this is, by name.
   """
 
   config: ml_collections.ConfigDict
@@ -67,6 +76,7 @@ class Invocation:
   mode: str
   overrides: dict[str, Any]
   options: dict[str, str]
+  processes: dict[str, str]
 
 
 def parse(argv: Sequence[str]) -> Invocation:
@@ -93,9 +103,15 @@ def parse(argv: Sequence[str]) -> Invocation:
   mode = plain.get("mode", "train")
   if mode not in MODES:
     raise UserError(f"--mode is {mode!r}; it must be one of {', '.join(MODES)}")
-  options = {name: plain[name] for name in DOCTOR_FLAGS if name in plain}
-  if options and mode != "doctor":
-    raise UserError(f"--{next(iter(options))} is a flag of --mode=doctor; --mode is {mode!r}")
+  options = {name: plain[name] for flags in OPTIONS.values() for name in flags if name in plain}
+  for name in options:
+    if name not in OPTIONS.get(mode, ()):
+      owners = " and ".join(f"--mode={owner}" for owner in OPTIONS if name in OPTIONS[owner])
+      raise UserError(f"--{name} is a flag of {owners}; --mode is {mode!r}")
+  processes = {name: plain[name] for name in PROCESS_FLAGS if name in plain}
+  if processes and mode not in JOINT_MODES:
+    joint = ", ".join(f"--mode={name}" for name in JOINT_MODES)
+    raise UserError(f"--{next(iter(processes))} is a flag of {joint}; --mode is {mode!r}")
   config_file = plain["config"]
   config, module = _load_config(config_file)
   if strangers:
@@ -106,7 +122,7 @@ def parse(argv: Sequence[str]) -> Invocation:
     print(config_help.describe(config, module, config_file))
     raise SystemExit(0)
   workdir = plain.get("workdir") or default_workdir(config_file)
-  return Invocation(config, config_file, workdir, mode, overrides, options)
+  return Invocation(config, config_file, workdir, mode, overrides, options, processes)
 
 
 def known_configs() -> list[str]:
@@ -232,10 +248,12 @@ def _split(
       value = waiting.pop(0)
     if name.startswith("config."):
       fields[name.removeprefix("config.")] = value
-    elif not value:
+    elif name in SWITCHES and value not in (None, "true", "false"):
+      raise UserError(f"--{name} is {value!r}; it is true or false")
+    elif not value and name not in SWITCHES:
       raise UserError(f"--{name} needs a value, as in --{name}={FLAGS[name]}")
     else:
-      plain[name] = value
+      plain[name] = value or "true"
   return plain, fields, strangers, wants_help
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import sharding
+from experiments import processes, sharding
 from experiments.data import pipeline
 from experiments.models import language_model
 from lm_models import lm
@@ -54,8 +54,13 @@ class Evaluator:
     sharding.check_lengths(mesh, ARRAYS, "eval.T", (config.eval.T,))
     self._config, self._mesh = config, mesh
     self._model = language_model(config)
+    start = functools.partial(lm.init_state, self._model, config.eval.batch_size)
+    carried = sharding.state_shardings(mesh, jax.eval_shape(start))
+    self._start = jax.jit(start, out_shardings=carried)
     step = sharded.exchange(config.mesh.exchange)(functools.partial(_step, self._model))
-    self._step = jax.jit(step, donate_argnums=2)
+    self._step = processes.lined_up(
+      jax.jit(step, donate_argnums=2, out_shardings=(sharding.replicated(mesh), carried))
+    )
 
   def __call__(self, params, split: str, brief: bool = False) -> Evaluation:
     """Reads a split from its start.
@@ -74,11 +79,9 @@ class Evaluator:
       batch_size=config.eval.batch_size,
       T=config.eval.T,
       max_tokens=max_tokens or None,
+      rows=sharding.rows_of_process(mesh, config.eval.batch_size),
     )
-    carry = jax.device_put(
-      lm.init_state(self._model, config.eval.batch_size),
-      sharding.state_shardings(mesh, lm.init_state(self._model, 1)),
-    )
+    carry = self._start()
     nats, counts = np.zeros(BUCKETS), np.zeros(BUCKETS, np.int64)
     pending = None
     for batch in batches:

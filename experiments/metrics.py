@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 import jax
 
+from experiments import processes
 from experiments.errors import UserError
 
 FILE_NAME = "metrics.jsonl"
@@ -60,7 +61,7 @@ class Metrics:
       tensorboard: Also write events, if tensorboardX is installed.
     """
     self.path = pathlib.Path(workdir) / FILE_NAME
-    self._writes = jax.process_index() == 0
+    self._writes = processes.is_first()
     self._tensorboard = tensorboard and importlib.util.find_spec("tensorboardX") is not None
     self._events = None
     self._purge_step: int | None = None
@@ -333,7 +334,7 @@ class Progress:
     self._last: float | None = None
     self._width = 0
     self._terminal = self._stream.isatty()
-    self._prints = jax.process_index() == 0
+    self._prints = processes.is_first()
 
   def show(self, line: str, *, last: bool = False) -> None:
     """Shows a progress line; the `last` one is always shown, and stays."""

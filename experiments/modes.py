@@ -1,14 +1,18 @@
 """What each --mode does with a config and a run's directory."""
 
+import io
 import pathlib
+import sys
 
 import jax
 
 from experiments import (
+  aot,
   configuration,
   doctor,
   limits,
   metrics,
+  processes,
   sharding,
   train_step,
   workspace,
@@ -49,10 +53,12 @@ def _sample(config, workdir: str) -> None:
   with jax.set_mesh(mesh):
     params, _ = _trained(config, workdir, mesh)
     pieces = make_task(config).sample(params)
-    print(config.sample.prompt, end="", flush=True)
+    # All processes compute the sample; the first one shows it.
+    out = sys.stdout if processes.is_first() else io.StringIO()
+    print(config.sample.prompt, end="", flush=True, file=out)
     for piece in pieces:
-      print(piece, end="", flush=True)
-    print()
+      print(piece, end="", flush=True, file=out)
+    print(file=out)
 
 
 def _doctor(config, workdir: str, op: str = "", json: str = "") -> None:
@@ -97,6 +103,7 @@ MODES = {
   "train": train,
   "eval": _eval,
   "sample": _sample,
+  "aot": aot.report,
   "bench": benchmark_config,
   "doctor": _doctor,
 }

@@ -7,17 +7,20 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from experiments import generate, plots
+from experiments import generate, plots, processes
 from experiments.data import pipeline
 from lm_models import lm
 
 
 def greet(progress, task, mesh) -> None:
   """Prints what is about to be trained, on what."""
-  device = jax.devices()[0]
+  device, count = jax.devices()[0], jax.process_count()
   for line in task.describe():
     progress.say(line)
-  progress.say(f"{mesh.size} x {device.device_kind} ({device.platform}); the first step compiles")
+  shared = f" of {count} processes" if count > 1 else ""
+  progress.say(
+    f"{mesh.size} x {device.device_kind} ({device.platform}){shared}; the first step compiles"
+  )
 
 
 def evaluate_splits(config, evaluator, params, progress) -> dict:
@@ -44,14 +47,16 @@ def write_evaluation(results: dict, directory: pathlib.Path) -> list[pathlib.Pat
   ]
   summary = {f"{split}/bits_per_byte": result.bits_per_byte for split, result in results.items()}
   path = directory / "evaluation.json"
-  path.write_text(json.dumps({**summary, "by_position": rows}, indent=2) + "\n")
   figure = directory / "bits-per-byte-against-position.png"
-  plots.bits_per_byte_by_position(rows, figure)
+  if processes.is_first():
+    path.write_text(json.dumps({**summary, "by_position": rows}, indent=2) + "\n")
+    plots.bits_per_byte_by_position(rows, figure)
   return [path, figure]
 
 
 def sample_text(config, model: lm.Config, params) -> Iterator[str]:
-  """The text that follows `sample.prompt`, piece by piece."""
+  """The text that follows `sample.prompt`, piece by piece: all processes must read it to its end,
+  for they compute it together."""
   tokenizer = pipeline.tokenizer(config.data)
   prompt = np.concatenate([[tokenizer.boundary], tokenizer.encode(config.sample.prompt)])
   tokens = generate.generate(
@@ -65,9 +70,10 @@ def finish(config, workdir: str, model: lm.Config, params, evaluator, progress) 
   directory = pathlib.Path(workdir)
   files = write_evaluation(evaluate_splits(config, evaluator, params, progress), directory)
   figure = directory / "loss.png"
-  plots.loss_curve(directory / "metrics.jsonl", figure)
   written = config.sample.prompt + "".join(sample_text(config, model, params))
-  (directory / "sample.txt").write_text(written + "\n")
+  if processes.is_first():
+    plots.loss_curve(directory / "metrics.jsonl", figure)
+    (directory / "sample.txt").write_text(written + "\n")
   progress.say(f"\n{written}\n")
   progress.say(f"in {directory}:")
   for path, what in (

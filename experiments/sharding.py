@@ -229,9 +229,38 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
+def rows_of_process(mesh: Mesh, rows: int) -> tuple[slice, ...]:
+  """Which of the rows of a batch this process' devices hold, as few slices, in order.
+
+  Where an axis other than data and fsdp crosses processes, several of them hold the same rows.
+  """
+  held = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((rows,)).values()
+  joined: list[slice] = []
+  for begin, end, _ in sorted({index.indices(rows) for (index,) in held}):
+    if joined and joined[-1].stop == begin:
+      begin = joined.pop().start
+    joined.append(slice(begin, end))
+  return tuple(joined)
+
+
 def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-  """Makes global arrays of the rows that this process read."""
-  return {
-    name: jax.make_array_from_process_local_data(batch_sharding(mesh, rows.ndim), rows)
-    for name, rows in batch.items()
-  }
+  """Makes global arrays of the rows that this process read, those of `rows_of_process`.
+
+  Each device takes its part of these, of time too.
+  """
+  blocks = mesh.shape["data"] * mesh.shape["fsdp"]
+  parts = rows_of_process(mesh, blocks)
+  held = [block for part in parts for block in range(part.start, part.stop)]
+
+  def place(read: np.ndarray) -> jax.Array:
+    rows = len(read) // len(held)  # of a block
+
+    def part_of(index: tuple[slice, ...]) -> np.ndarray:
+      begin, end, _ = index[0].indices(rows * blocks)
+      place = held.index(begin // rows) * rows + begin % rows
+      return read[(slice(place, place + end - begin), *index[1:])]
+
+    shape = (rows * blocks, *read.shape[1:])
+    return jax.make_array_from_callback(shape, batch_sharding(mesh, read.ndim), part_of)
+
+  return {name: place(read) for name, read in batch.items()}

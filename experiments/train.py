@@ -7,7 +7,7 @@ import signal
 
 import jax
 
-from experiments import metrics, report, sharding, train_step, workspace
+from experiments import metrics, processes, report, sharding, train_step, workspace
 from experiments.checkpoints import Checkpoints
 from experiments.errors import UserError
 from experiments.tasks import make_task
@@ -16,7 +16,9 @@ from experiments.tasks import make_task
 def train(config, workdir: str) -> None:
   """Trains the config's model in `workdir` and goes on where an earlier run stopped, bit for bit.
 
-  SIGTERM and Ctrl-C save a checkpoint and return; the same call goes on from there.
+  SIGTERM and Ctrl-C save a checkpoint and return; the same call goes on from there. Where several
+  processes train, a signal to one of them stops all after the same step; once the last step is
+  done, they finish together whatever signals come.
 
   Raises:
     UserError: anything that the person at the keyboard can mend.
@@ -26,7 +28,7 @@ def train(config, workdir: str) -> None:
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     step_function = train_step.make_step(config, mesh)
     evaluator = task.evaluator(mesh)
-    batches = task.train_batches()
+    batches = task.train_batches(sharding.rows_of_process(mesh, config.train.batch_size))
     differences = workspace.open_run(config, workdir)
     progress = metrics.Progress()
     log = metrics.Metrics(workdir, tensorboard=config.log.tensorboard)
@@ -41,14 +43,16 @@ def train(config, workdir: str) -> None:
     stack.callback(checkpoints.close)
 
     stopped = stack.enter_context(stop_signals())
+    if processes.several():
+      step_function = processes.with_signals(step_function, mesh, stopped)
     report.greet(progress, task, mesh)
     state = start(config, mesh, checkpoints, batches, log, progress, differences)
     workspace.note_run(config, workdir)
     loop = Loop(task, mesh, step_function, evaluator, batches, log, checkpoints, progress, stopped)
     state = loop.run(state)
     checkpoints.wait()
-    if not stopped:
-      with interruptible():
+    if not processes.any_says(bool(stopped)):
+      with contextlib.nullcontext() if processes.several() else interruptible():
         task.finish(workdir, evaluation_params(state), evaluator, progress)
         return
     step = int(state.step)
@@ -85,6 +89,7 @@ class Loop:
     self.progress, self.stopped = progress, stopped
     self.clock = metrics.Clock()
     self.skipped = 0
+    self.heard = False
     peak = metrics.peak_flops(mesh.devices.flat[0])
     self.peak = peak and peak * mesh.size
     self.flops = 3 * task.flops_per_target()
@@ -96,7 +101,7 @@ class Loop:
     self.skipped = int(state.recent.skipped)
     for number in range(first, last + 1):
       # Asked to while the run was set up: what was restored is saved already.
-      if self.stopped and number == first:
+      if number == first and processes.any_says(bool(self.stopped)):
         break
       batch = sharding.place_batch(self.mesh, next(self.batches))
       state, measured = self.step(state, batch)
@@ -104,7 +109,7 @@ class Loop:
       if pending is not None:
         self.log_row(pending[0], self.look_at(*pending))
       pending = (number, measured)
-      ends = number == last or bool(self.stopped)
+      ends = number == last or self.must_stop()
       validates = _due(number, config.eval.every_steps) or number == last
       saves = _due(number, config.checkpoint.every_steps) or ends
       if validates or saves:
@@ -116,10 +121,14 @@ class Loop:
           # While steps are skipped the parameters may be at fault: an older checkpoint is better.
           if saves and (ends or not self.skipped_in_a_row):
             self.checkpoints.save(number, state, self.batches.get_state(), validation or None)
-      # Not `if self.stopped`: a signal during a validation would end a run that has not saved.
+      # Not `if self.must_stop()`: a signal during a validation would end a run that has not saved.
       if ends:
         break
     return state
+
+  def must_stop(self) -> bool:
+    """Whether a signal has come: with several processes, one that a step has told to all."""
+    return self.heard if processes.several() else bool(self.stopped)
 
   def look_at(self, number: int, measured) -> dict[str, float]:
     """Reads a step's metrics once it is done: shows them, stops a run that has gone wrong.
@@ -129,6 +138,7 @@ class Loop:
     """
     config, values = self.config, jax.device_get(measured)
     self.skipped_in_a_row = int(values["skipped_in_a_row"])
+    self.heard |= bool(values.get(processes.SIGNALLED, False))
     self.clock.tick(int(values["targets"]))
     loss, skipped = float(values["loss"]), int(values["skipped"])
     if skipped > self.skipped:

@@ -4,10 +4,11 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import time
 
 import jax
 
-from experiments import configuration
+from experiments import configuration, processes
 from experiments.errors import UserError
 
 # A checkpoint may be used with other values of these: they change how, not what, a model computes.
@@ -29,13 +30,14 @@ def open_run(config, workdir: str) -> list[str]:
 
   Raises:
     UserError: another model or tokenizer was trained there, or in such a way that its state does
-      not fit; or the directory cannot be made.
+      not fit; or the directory cannot be made, or is not the same one for all processes.
   """
   directory = pathlib.Path(workdir)
   try:
     directory.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f"--workdir {workdir} cannot be made: {error.strerror}") from None
+  _require_shared(directory)
   if not (directory / "config.json").exists():
     return []
   differences = check_same_model(config, workdir)
@@ -52,9 +54,30 @@ def note_run(config, workdir: str) -> None:
 
   Not before: what lies there must go on describing the checkpoints that lie there.
   """
+  if not processes.is_first():
+    return
   directory = pathlib.Path(workdir)
   configuration.save(config, directory / "config.json")
   (directory / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+
+
+def _require_shared(directory: pathlib.Path) -> None:
+  """Raises UserError where processes on several hosts have a directory each."""
+  if not processes.several():
+    return
+  # A new name each time: network file systems remember for a while which files there are not.
+  mark = directory / f".shared-{processes.that_of_first(time.time())}"
+  if processes.is_first():
+    mark.touch()
+  processes.all_agree(True)  # once it is there
+  shared = processes.all_agree(mark.exists())
+  if processes.is_first():
+    mark.unlink()
+  if not shared:
+    raise UserError(
+      f"--workdir {directory} is not the same directory for all processes:"
+      " it must be on a disk that their hosts share"
+    )
 
 
 def _what_state_holds(config) -> tuple:

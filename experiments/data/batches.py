@@ -1,8 +1,40 @@
 """From places in a token stream to the dict that a training step takes."""
 
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
 import numpy as np
 
 from experiments.data.token_store import TokenStore
+
+
+class JoinedRows:
+  """Some rows of the batches of a kind: several slices of each batch's rows, one below the other.
+
+  Args:
+    make: what makes the batches of one slice of the rows.
+    rows: the slices.
+  """
+
+  def __init__(self, make: Callable[[slice], Any], rows: Sequence[slice]):
+    self._parts = [make(part) for part in rows]
+
+  @property
+  def tokens_per_byte(self) -> float:
+    """That of the batches."""
+    return self._parts[0].tokens_per_byte
+
+  def __len__(self) -> int:
+    return len(self._parts[0])
+
+  def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    return (self[n] for n in range(len(self)))
+
+  def __getitem__(self, n: int) -> dict[str, np.ndarray]:
+    parts = [part[n] for part in self._parts]
+    if len(parts) == 1:
+      return parts[0]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def make_batch(

@@ -1,16 +1,20 @@
 """The batches of a run, from the group `data` of its config."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import grain
-import jax
 import numpy as np
 
+from experiments import processes
 from experiments.data import datasets, token_store, tokenizers
+from experiments.data.batches import JoinedRows
 from experiments.data.packed import PackedBatches
 from experiments.data.streaming import EvaluationBatches, StreamingBatches
 from experiments.errors import UserError
+
+ALL_ROWS = (slice(None),)
 
 _MODES = {"packed": PackedBatches, "streaming": StreamingBatches}
 
@@ -88,8 +92,7 @@ def train_batches(
   *,
   batch_size: int,
   seed: int,
-  process_index: int | None = None,
-  process_count: int | None = None,
+  rows: Sequence[slice] = ALL_ROWS,
 ) -> TrainBatches:
   """Returns the batches to train on, from the split data_config.train_split.
 
@@ -102,8 +105,7 @@ def train_batches(
     data_config: the group `data`.
     batch_size: B over all processes.
     seed: of the order of rows or documents; 0 <= seed < 2**64.
-    process_index, process_count: which of how many equal slices of the global batch's rows to
-      yield; of this process among all by default.
+    rows: which rows of the global batch to make, slices of them in order; all by default.
 
   Raises:
     UserError: a field that is wrong, data that are missing or unreadable, or a full disk.
@@ -114,7 +116,8 @@ def train_batches(
     raise UserError(f"train.seed={seed} must be at least 0 and less than 2**64")
   if data_config.prefetch < 0:
     raise UserError(f"data.prefetch={data_config.prefetch} batches: at least 0 is needed")
-  rows = rows_of_process(batch_size, process_index, process_count)
+  if batch_size < 1:
+    raise UserError(f"train.batch_size={batch_size} rows: at least 1 is needed")
   encoder, store = _store(data_config, data_config.train_split)
   T, mode = data_config.T, data_config.mode
   order = {
@@ -125,7 +128,7 @@ def train_batches(
     "tokens": len(store.tokens),
     "crc": store.crc32,
   }
-  batches = _MODES[mode](store, batch_size, T, seed, rows)
+  batches = JoinedRows(lambda part: _MODES[mode](store, batch_size, T, seed, part), rows)
   return TrainBatches(batches, order, encoder, store.tokens_per_byte, data_config.prefetch)
 
 
@@ -136,9 +139,8 @@ def evaluation_batches(
   batch_size: int,
   T: int | None = None,
   max_tokens: int | None = None,
-  process_index: int | None = None,
-  process_count: int | None = None,
-) -> EvaluationBatches:
+  rows: Sequence[slice] = ALL_ROWS,
+) -> JoinedRows:
   """Returns one exact pass over a split: the state is to be carried from batch to batch.
 
   Batches are those of mode "streaming", `len` of them; see EvaluationBatches.
@@ -149,38 +151,22 @@ def evaluation_batches(
     batch_size: B over all processes.
     T: tokens per row and batch; data_config.T by default.
     max_tokens: only the first so many targets of the split.
-    process_index, process_count: as in train_batches.
+    rows: as in train_batches.
 
   Raises:
     UserError: as train_batches.
   """
-  rows = rows_of_process(batch_size, process_index, process_count)
   _, store = _store(data_config, split)
-  return EvaluationBatches(store, batch_size, T or data_config.T, max_tokens, rows)
+  make = lambda part: EvaluationBatches(store, batch_size, T or data_config.T, max_tokens, part)
+  return JoinedRows(make, rows)
 
 
 def _store(data_config, split: str):
   if data_config.T < 1:
     raise UserError(f"data.T={data_config.T} tokens per row: at least 1 is needed")
   encoder = tokenizer(data_config)
-  texts, key = datasets.open_texts(data_config, split)
   cache_directory = Path(data_config.cache_directory).expanduser()
-  return encoder, token_store.open_or_create(texts, encoder, cache_directory, key)
-
-
-def rows_of_process(
-  batch_size: int, process_index: int | None = None, process_count: int | None = None
-) -> slice:
-  """Which rows of a batch a process reads, this one of all by default.
-
-  Raises:
-    UserError: the processes cannot share the rows evenly.
-  """
-  index = jax.process_index() if process_index is None else process_index
-  count = jax.process_count() if process_count is None else process_count
-  if batch_size < 1 or batch_size % count:
-    raise UserError(
-      f"train.batch_size={batch_size} must be a positive multiple of the {count} processes"
-    )
-  size = batch_size // count
-  return slice(index * size, (index + 1) * size)
+  # Where hosts share the cache, file locks may not hold between them.
+  with processes.first_before_others():
+    texts, key = datasets.open_texts(data_config, split)
+    return encoder, token_store.open_or_create(texts, encoder, cache_directory, key)

@@ -1,13 +1,14 @@
 """Accuracy of a synthetic task at the length it is trained at, and at those of `eval.lengths`."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import sharding
-from experiments.data import pipeline
+from experiments import processes, sharding
+from experiments.data.batches import JoinedRows
 from ops import sharded
 
 # Added to the number of a length, these are the seeds of what is evaluated: no run trains on them.
@@ -41,7 +42,7 @@ class LengthEvaluator:
     sharding.check_rows(mesh, task.arrays, "eval.batch_size", config.eval.batch_size)
     sharding.check_lengths(mesh, task.arrays, "eval.lengths", config.eval.lengths)
     measure = sharded.exchange(config.mesh.exchange)(self._measure)
-    self._step = jax.jit(measure)
+    self._step = processes.lined_up(jax.jit(measure, out_shardings=sharding.replicated(mesh)))
 
   def __call__(self, params, split: str, brief: bool = False) -> Accuracies:
     """Measures `eval.examples` examples at each length, a tenth of them with `brief`.
@@ -55,16 +56,15 @@ class LengthEvaluator:
     rows = config.eval.batch_size
     examples = -(-config.eval.examples // (10 if brief else 1))
     for place, length in enumerate(self._task.lengths):
-      batches = self._task.batches(
-        length,
-        rows,
-        FIRST_SEED[split] + place,
-        config.eval.examples,
-        pipeline.rows_of_process(rows),
+      seed = FIRST_SEED[split] + place
+      batches = JoinedRows(
+        functools.partial(self._task.batches, length, rows, seed, config.eval.examples),
+        sharding.rows_of_process(self._mesh, rows),
       )
       total = None
       for n in range(-(-examples // rows)):
-        batch = {name: batches[n][name] for name in self._task.arrays}
+        read = batches[n]
+        batch = {name: read[name] for name in self._task.arrays}
         # Of the last batch only as many rows count as examples are left.
         known = np.int32(min(rows, examples - n * rows))
         sums = self._step(params, sharding.place_batch(self._mesh, batch), known)

@@ -10,8 +10,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from experiments import metrics, models, plots
+from experiments import metrics, models, plots, processes
 from experiments.data import pipeline
+from experiments.data.batches import JoinedRows
 from experiments.errors import UserError
 from experiments.tasks.arrow import TOKEN_CHANNELS, ArrowBatches, ArrowTokenBatches
 from experiments.tasks.evaluator import FIRST_SEED, LengthEvaluator
@@ -84,18 +85,17 @@ class Supervised(abc.ABC):
     nats = total(self.nats(logits, batch["targets"]))
     return Measured(nats, {"accuracy": total(right)}, watched), None
 
-  def train_batches(self):
-    data, rows = self.config.data, self.config.train.batch_size
+  def train_batches(self, rows=pipeline.ALL_ROWS):
+    data, train = self.config.data, self.config.train
     order = {
       "name": data.name,
-      "seed": self.config.train.seed,
+      "seed": train.seed,
       "length": self.length,
-      "batch_size": rows,
+      "batch_size": train.batch_size,
       "examples": data.examples,
     }
-    batches = self.batches(
-      self.length, rows, self.config.train.seed, data.examples, pipeline.rows_of_process(rows)
-    )
+    make = lambda part: self.batches(self.length, train.batch_size, train.seed, data.examples, part)
+    batches = JoinedRows(make, rows)
     return pipeline.TrainBatches(batches, order, None, None, data.prefetch)
 
   def example_batch(self):
@@ -114,14 +114,16 @@ class Supervised(abc.ABC):
       progress.say(f"{split}: {result.summary}")
       found |= {f"{split}/{name}": value for name, value in result.metrics.items()}
     path = directory / "evaluation.json"
-    path.write_text(json.dumps(found, indent=2) + "\n")
+    if processes.is_first():
+      path.write_text(json.dumps(found, indent=2) + "\n")
     return [path]
 
   def finish(self, workdir, params, evaluator, progress):
     directory = pathlib.Path(workdir)
     written = self.evaluate(evaluator, params, directory, progress)
     figure = directory / "accuracy.png"
-    plots.accuracy_curve(directory / metrics.FILE_NAME, figure)
+    if processes.is_first():
+      plots.accuracy_curve(directory / metrics.FILE_NAME, figure)
     progress.say(f"in {directory}:")
     for path, what in (
       (figure, "accuracy against steps, at each length"),

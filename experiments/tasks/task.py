@@ -5,11 +5,13 @@ The trainer knows nothing else of what it trains. A new task is a subclass, and 
 """
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jax import Array
+
+from experiments.data.pipeline import ALL_ROWS
 
 
 class Measured(NamedTuple):
@@ -67,8 +69,11 @@ class Task(Protocol):
   def describe(self) -> list[str]:
     """Lines for the person who starts a run: the model, and the data."""
 
-  def train_batches(self) -> Any:
+  def train_batches(self, rows: Sequence[slice] = ALL_ROWS) -> Any:
     """An endless iterator over batches with `get_state` and `set_state`.
+
+    Args:
+      rows: which rows of the global batches to make, slices of them in order.
 
     Raises:
       UserError: a field that is wrong, or data that cannot be had.

@@ -66,7 +66,7 @@ class Text:
       f" {self.tokens_per_byte:.3f} tokens per byte",
     ]
 
-  def train_batches(self):
+  def train_batches(self, rows=pipeline.ALL_ROWS):
     tokenizer = pipeline.tokenizer(self.config.data)
     if tokenizer.vocab_size > self.model.vocab_size:
       raise UserError(
@@ -77,6 +77,7 @@ class Text:
       self.config.data,
       batch_size=self.config.train.batch_size,
       seed=self.config.train.seed,
+      rows=rows,
     )
     return self._batches
 

@@ -54,20 +54,28 @@ def test_any_state_can_be_resumed(make_config, mode, prefetch):
       assert resumed.get_state() == states[n + 2]
 
 
+SHARES = {
+  "2 processes": [[slice(0, 4)], [slice(4, 8)]],
+  "4 processes": [[slice(n, n + 2)] for n in range(0, 8, 2)],
+  "rows in turn": [[slice(0, 2), slice(4, 6)], [slice(2, 4), slice(6, 8)]],
+}
+
+
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("process_count", [2, 4])
-def test_processes_share_one_global_batch(make_config, mode, process_count):
-  make = lambda index, count: pipeline.train_batches(
-    make_config(mode=mode), batch_size=8, seed=1, process_index=index, process_count=count
+@pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)
+def test_processes_share_one_global_batch(make_config, mode, shares):
+  make = lambda rows: pipeline.train_batches(
+    make_config(mode=mode), batch_size=8, seed=1, rows=rows
   )
-  whole, parts = make(0, 1), [make(i, process_count) for i in range(process_count)]
+  whole, parts = make([slice(None)]), [make(rows) for rows in shares]
   for n in range(6):
     if n == 3:
       for batches in (whole, *parts):
         batches.set_state({"next_batch": 12345})
-    joined = [next(part) for part in parts]
     expected = next(whole)
-    assert_equal(expected, {name: np.concatenate([b[name] for b in joined]) for name in expected})
+    for rows, part in zip(shares, parts):
+      share = {name: np.concatenate([x[r] for r in rows]) for name, x in expected.items()}
+      assert_equal(next(part), share)
     assert all(part.get_state() == whole.get_state() for part in parts)
 
 
@@ -143,20 +151,18 @@ def test_a_state_without_an_order_is_read(make_batches):
   assert batches.get_state() == fresh.get_state()
 
 
-@pytest.mark.parametrize("process_count", [1, 2])
-def test_evaluation_covers_a_split(make_config, process_count):
+@pytest.mark.parametrize(
+  "shares", [[[slice(None)]], [[slice(0, 1), slice(2, 4)], [slice(1, 2)]]], ids=["one", "two"]
+)
+def test_evaluation_covers_a_split(make_config, shares):
   counted = 0
-  for index in range(process_count):
+  for rows in shares:
     batches = pipeline.evaluation_batches(
-      make_config(),
-      "validation",
-      batch_size=4,
-      T=512,
-      process_index=index,
-      process_count=process_count,
+      make_config(), "validation", batch_size=4, T=512, rows=rows
     )
+    held = sum(len(range(4)[part]) for part in rows)
     for batch in batches:
-      assert batch["inputs"].shape == (4 // process_count, 512)
+      assert batch["inputs"].shape == (held, 512)
       counted += (batch["segment_ids"] >= 0).sum()
   assert counted == 466_853 + 24
   # A model that gives each token 1/257 spends this many bits per byte of text.
@@ -190,7 +196,6 @@ def test_rows_longer_than_the_text(make_config, folder, mode):
     ({"train_split": "training"}, {}, "split 'training' .* its splits are train, "),
     ({}, {"seed": -1}, "train.seed=-1 "),
     ({}, {"batch_size": 0}, "train.batch_size=0 "),
-    ({}, {"process_index": 0, "process_count": 3}, "train.batch_size=8 .* 3 processes"),
   ],
 )
 def test_what_is_wrong_is_said_in_one_line(make_config, fields, call, message):
