@@ -57,7 +57,10 @@ def report(config, workdir: str, topology: str = "", json: str = "", largest_bat
   """
   wanted = topologies.parse(topology)
   errors.check_writable("--json", json)
+  if largest_batch == "true" and wanted.kind == "cpu":
+    raise UserError(f"--largest_batch needs a TPU: how much memory {wanted} has is not known")
   mesh = _mesh(config, wanted)
+  print(f"compiling the training step for {wanted}, which can take minutes", flush=True)
   compiled = compile_step(config, mesh, wanted)
   facts = aot_report.facts(config, wanted, mesh, compiled)
   print(*aot_report.lines(facts), sep="\n", flush=True)
@@ -126,6 +129,7 @@ def compile_step(config, mesh: jax.sharding.Mesh, topology: topologies.Topology)
         raise UserError(f"XLA cannot compile the step for {topology}: {said}", status=1) from None
       program = _dumped_program(directory)
       memory = program and aot_memory.of_dump(directory, program)
+      needed = memory.bytes if memory and needed == float("inf") else needed
       return Compiled(False, memory, needed, program, 0, time.perf_counter() - began)
     analysis = compiled.memory_analysis()
     program = hlo.parse(compiled.as_text())
@@ -156,6 +160,8 @@ def find_largest_batch(config, mesh, topology: topologies.Topology, compiled: Co
     with changed.unlocked():
       changed.train.batch_size = guess * unit
     known[guess] = compile_step(changed.lock(), mesh, topology)
+    said = "fit" if known[guess].fits else "do not fit"
+    print(f"  {guess * unit} rows {said}", flush=True)
   fitting = [n for n, c in known.items() if c.fits]
   others = [n for n, c in known.items() if not c.fits]
   return {

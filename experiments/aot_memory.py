@@ -18,6 +18,16 @@ PARTS = {
   "batch": "batch",
 }
 TEMPORARIES = "temporaries"
+# Of the names of operations, what loops and transformations have added.
+WRAPPERS = {
+  "while",
+  "body",
+  "cond",
+  "closed_call",
+  "checkpoint",
+  "rematted_computation",
+  "shard_map",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +122,17 @@ def of_program(program: hlo.Program, temporary_bytes: int) -> Memory:
 
 
 def readable(name: str) -> str:
-  """state.params['blocks']['norm'] as params/blocks/norm; of an operation its last names."""
+  """A name that JAX has given, without what says nothing to a person.
+
+  `state.params['blocks']['norm']` becomes `params/blocks/norm`, and
+  `jit(_step)/transpose(jvp(Model.nats))/while/body/blocks/exp` becomes `Model.nats/blocks/exp,
+  backward`.
+  """
   if name.startswith(("state.", "batch")):
     return re.sub(r"\['?|\.", "/", name.removeprefix("state.")).replace("']", "").replace("]", "")
-  return "/".join(re.sub(r"(\w+\()+|\)", "", name).split("/")[-4:])
+  parts = re.sub(r"\bjit\([^/]*\)(/|$)|\b(transpose|jvp|vmap)\(|\)", "", name).split("/")
+  kept = [part for part in parts if part and part not in WRAPPERS]
+  return "/".join(kept[-5:]) + (", backward" if "transpose(" in name else "")
 
 
 def _allocations(text: str):

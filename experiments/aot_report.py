@@ -95,6 +95,12 @@ def estimate(found: dict[str, Any], chip: Chip, devices: int) -> dict[str, Any]:
   }
   least, most = max(seconds.values()), sum(seconds.values())
   return {
+    "assumed": {
+      "flops_per_second": chip.flops,
+      "memory_bytes_per_second": chip.hbm_bandwidth,
+      "links_bytes_per_second": chip.ici_bandwidth,
+      "network_bytes_per_second": chip.dcn_bandwidth,
+    },
     "seconds": seconds,
     "bound_by": max(seconds, key=seconds.get),
     "step_seconds_overlapped": least,
@@ -149,12 +155,15 @@ def _estimate_lines(found) -> list[str]:
   times = ", ".join(f"{name} {_time(s)}" for name, s in e["seconds"].items() if s)
   least, most = e["step_seconds_overlapped"], e["step_seconds_in_turn"]
   speed = found["targets_per_step"] / least
+  peak, memory, links, _ = e["assumed"].values()
   return [
     f"estimate    {times}",
     f"  a step takes {_time(least)} where all overlap, bound by {e['bound_by']};"
     f" {_time(most)} where none do",
     f"  at most {speed:,.0f} {found['unit']}/s and MFU {e['mfu_overlapped']:.1%};"
     f" MFU {e['mfu_in_turn']:.1%} where nothing overlaps",
+    f"  by the data sheet: {peak / 1e12:,.0f} TFLOP/s, {memory / 1e9:,.0f} GB/s of memory,"
+    f" {links / 1e9:,.0f} GB/s to neighbours; vector units and latencies are not counted",
   ]
 
 

@@ -120,11 +120,14 @@ def test_operations_are_those_of_the_model_and_gradients_are_summed(cpu_report):
     ({"train__batch_size": 2, "train__accumulate": 2}, "cpu:4", "--config.train.batch_size=8"),
     ({"mesh__fsdp": 4, "model__D": 18}, "cpu:4", "mesh.fsdp is 4, which does not divide the 18"),
     ({}, "cpu:9", "JAX has started with 8 devices"),
+    ({"largest_batch": "true"}, "cpu:4", "--largest_batch needs a TPU"),
   ],
 )
 def test_what_cannot_be_compiled_is_told_in_a_line(fields, topology, said, tmp_path):
+  fields = dict(fields)
+  largest = fields.pop("largest_batch", "")
   with pytest.raises(UserError) as error:
-    aot.report(config_for(**fields), str(tmp_path), topology=topology)
+    aot.report(config_for(**fields), str(tmp_path), topology=topology, largest_batch=largest)
   assert said in str(error.value) and "\n" not in str(error.value)
 
 
@@ -197,12 +200,21 @@ def test_buffers_that_xla_has_assigned(tmp_path):
   }
   # The second shares memory with the first.
   assert [(b.name, b.shape, b.bytes) for b in memory.largest] == [
-    ("_step/A/b/add", "f32[1024,1024]", 4194304),
-    ("_step/A/b/add", "f32[512,512]", 1048576),
+    ("A/b/add", "f32[1024,1024]", 4194304),
+    ("A/b/add", "f32[512,512]", 1048576),
     ("params/head", "f32[8,8]", 4096),
     ("optimizer/1/mu/head", "f32[8,8]", 4096),
     ("batch/inputs", "s32[2]", 512),
   ]
+
+
+def test_names_of_operations():
+  name = "jit(_step)/transpose(jvp(M.nats))/while/body/closed_call/checkpoint/vmap()/jit(_take)/exp"
+  assert aot_memory.readable(name) == "M.nats/exp, backward"
+  assert aot_memory.readable("jit(_step)/jvp(M.nats)/blocks/dot_general") == (
+    "M.nats/blocks/dot_general"
+  )
+  assert aot_memory.readable("state.optimizer[1].mu['a']['b']") == "optimizer/1/mu/a/b"
 
 
 def test_the_array_at_fault():
