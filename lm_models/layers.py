@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ops.rotary import rotary as rotary
 
@@ -74,6 +74,21 @@ def parts_of_time(T: int) -> int:
   mesh = jax.sharding.get_abstract_mesh()
   devices = 1 if mesh.empty else mesh.shape.get("seq", 1)
   return devices if T % devices == 0 else 1
+
+
+def running_count(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+  """How many tokens of a row up to each one have True, int32.
+
+  Where devices share time each counts its own and adds what those before it have: only these sums
+  are sent.
+  """
+  B, T = mask.shape
+  parts = parts_of_time(T)
+  counts = constrain(mask.reshape(B, parts, T // parts), ("data", "fsdp"), "seq", None)
+  counts = jnp.cumsum(counts, axis=2, dtype=jnp.int32)
+  totals = counts[:, :, -1]
+  before = jnp.cumsum(totals, axis=1) - totals
+  return (counts + before[:, :, None]).reshape(B, T)
 
 
 def look_up(embedding: Float[Array, "vocab D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

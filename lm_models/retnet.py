@@ -96,7 +96,7 @@ class Mixer(nn.Module):
     c, state = self.config, state or init_state(self.config, x.shape[0])
     project = lambda name, features: recurrent_layers.project(c, name, features, x)
     real = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids >= 0
-    positions = state["position"][:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32)
+    positions = state["position"][:, None] + layers.running_count(real)
     q, k = (
       layers.rotary(project(f"{name}_proj", (c.H, c.K)), positions, c.rotary_base)
       for name in ("query", "key")
