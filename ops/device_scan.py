@@ -113,10 +113,13 @@ def _all_scan(split, element, algebra):
   P, whole = split.P, element.input
   K = _blocks(split, whole)
   width = whole.shape[-1] // K
-  # A transition of the state's own shape goes in blocks too, every other one acts on each block.
+  # A transition of each number of the state, or of each channel, goes in blocks too; every other
+  # one acts on each block.
   if algebra.expand is not None:
     element = element._replace(transition=algebra.expand(element.transition))
-  own = not algebra.kind and element.transition.ndim == whole.ndim
+  own = dict(algebra.kind).get("blocks") or (
+    not algebra.kind and element.transition.ndim == whole.ndim
+  )
   cut = lambda x, k: jax.lax.dynamic_slice_in_dim(x, k * width, width, axis=-1)
   place = split.order()
   s = jnp.zeros_like(whole)

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from ops import affine, time_axis
 from ops.affine_scan import before, choose_plan, from_windows, to_windows
 from ops.device_chain import chain, only
-from ops.device_scan import border, incoming
+from ops.device_scan import Algebra, border, incoming
 from ops.newton import Options, fold, obey, pose
 from ops.newton_cells import KINDS
 from ops.newton_solve import (
@@ -168,7 +168,8 @@ def _incoming(split, element, kind):
   if column:
     element = element._replace(input=element.input[..., None])
   with jax.default_matmul_precision("highest"):
-    entering, _ = incoming(split, element, jnp.zeros_like(element.input), **kind)
+    algebra = Algebra(tuple(kind.items()))
+    entering, _ = incoming(split, element, jnp.zeros_like(element.input), algebra)
   return entering[..., 0] if column else entering
 
 
@@ -193,7 +194,7 @@ def _spoil(split, cell, params, tokens, e, h):
   element = affine.Affine(jnp.ones_like(e), bad[-1].astype(e.dtype))
   if tokens.start is not None:
     element = affine.reset(element, tokens.start.any(axis=0))
-  carried = incoming(split, element, jnp.zeros_like(e))[0] > 0
+  carried = _incoming(split, element, {}) > 0
   carried = jnp.broadcast_to(carried, h.shape)
   if tokens.start is not None:
     carried = where_mask(jnp.cumsum(tokens.start, axis=0) == 0, carried)
