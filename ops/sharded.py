@@ -164,7 +164,7 @@ def _linear_attention_whole(arrays, zero, options):
     # Only the last document reaches the state.
     k = where_mask(segments.document == segments.document.max(axis=1, keepdims=True), k)
   k = k[:, :, :, None]
-  transition = jnp.ones(zero.shape[:2], zero.dtype)
+  transition = jnp.zeros((B, 0), zero.dtype)  # nothing to send
   if log_decay is not None:
     # Sums of what comes after a token, not differences of sums, which large decays would round.
     one = ((0, 0), (1, 0)) if options["reverse"] else ((0, 0), (0, 1))
@@ -183,6 +183,16 @@ def _linear_attention_whole(arrays, zero, options):
   if spoilt is not None:
     state = where_mask(~spoilt, state, jnp.nan)
   return affine.Affine(transition, state)
+
+
+def _linear_attention_algebra(beta=None, log_decay=None, **arrays):
+  if beta is not None:
+    return DENSE
+  return Algebra() if log_decay is not None else Algebra(expand=_no_decay)
+
+
+def _no_decay(sent):
+  return jnp.ones(sent.shape[:1], sent.dtype)
 
 
 def _quarantine(segments, arrays, zero, options):
@@ -274,7 +284,7 @@ time_axis.declare(
   recurrence(
     linear_attention,
     _linear_attention_whole,
-    lambda beta=None, **arrays: Algebra() if beta is None else DENSE,
+    _linear_attention_algebra,
   ),
   {
     "q": "B T Hq K", "k": "B T Hq K", "v": "B T H V", "log_decay": "B T H", "beta": "B T H",
