@@ -69,3 +69,49 @@ def test_equals_oracle(row, layout, method, packed, reverse):
     options = dict(reverse=reverse, **row.short_chunks(row.implementations[-1]))
     actual = run_split(row.op, inputs, ids, make_mesh(*layout), method, **options)
   check(actual, truth_of(row, packed, reverse), "float64")
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if not row.is_complex], ids=case_name)
+def test_equals_oracle_in_bfloat16(row):
+  inputs = cast(row.inputs(4, T), "bfloat16")
+  expected = truth(row.oracle, inputs, segment_ids=documents())
+  options = row.short_chunks(row.implementations[-1])
+  actual = run_split(row.op, inputs, documents(), make_mesh(), "auto", **options)
+  assert actual["o"].dtype == jnp.bfloat16 and actual["state"].dtype == np.float32
+  check(actual, expected, "bfloat16")
+
+
+def test_a_spoilt_document_spoils_no_other():
+  """NaN stays in its document, forwards and backwards, on whichever device it lies."""
+  row = next(row for row in ROWS if row.name == "gated_delta_rule")
+  inputs = cast(row.inputs(4, T), "float32")
+  ids = np.zeros((4, T), np.int32)
+  ids[:, 6:18] = 1  # over four devices
+  ids[:, 18:] = 2
+  inputs["v"][:, 7] = np.nan
+  o, state = _split_outputs(row.op, inputs, ids)
+  spoilt = np.isnan(o).any((0, 2, 3))
+  assert not spoilt[:7].any() and spoilt[7:18].all() and not spoilt[18:].any()
+  assert np.isfinite(state).all()
+
+
+def _split_outputs(op, inputs, ids):
+  with jax.set_mesh(make_mesh()):
+    return jax.tree.map(np.asarray, jax.jit(op)(**inputs, segment_ids=jnp.asarray(ids)))
+
+
+def test_mistakes_are_told():
+  q = jnp.ones((2, 16, 2, 4))
+  message = "v has H = 3 heads, expected a multiple of q's Hq = 2"
+  with jax.set_mesh(make_mesh()), pytest.raises(ValueError, match=message):
+    ops.linear_attention(q, q, jnp.ones((2, 16, 3, 4)))
+  message = "method is 'ring', expected one of all_gather, all_scan, doubling or auto"
+  with pytest.raises(ValueError, match=message), sharded.exchange("ring"):
+    pass
+
+
+def test_a_length_that_devices_do_not_divide_is_not_split():
+  row = ROWS[0]
+  inputs = cast(row.inputs(4, 17), "float32")
+  expected = truth(row.oracle, inputs)
+  check(run_split(row.op, inputs, None, make_mesh(), "auto"), expected)
