@@ -72,9 +72,8 @@ CASES = [
   ((1, 1, 4), "ring", None, False, True),
   ((1, 1, 8), "ring", None, False, False),
   ((1, 1, 8), "all_gather", None, True, True),
-  ((1, 1, 8), "ring", 9, True, True),
+  ((1, 1, 8), "all_gather", 9, True, True),
   ((1, 1, 8), "ring", 9, False, True),
-  ((1, 1, 4), "all_gather", 12, False, False),
   ((1, 1, 8), "all_gather", 5, False, True),
   ((1, 1, 8), "ring", 5, True, True),
   ((1, 2, 4), "ring", 4, True, False),
@@ -139,9 +138,9 @@ NUMBERS = [("all-gather", 1, f"s32[1,2,{B}]"), ("all-gather", 1, f"s32[1,{B}]")]
 HOP = "collective-permute"
 
 
-@pytest.mark.parametrize("length", [128, 512])
-def test_what_is_sent(length):
-  """Within one device's neighbour the window, whatever T is; else keys and values, once."""
+def test_what_is_sent():
+  """Keys and values once; of a window, what is not at hand, whatever T is."""
+  length = 128
   tail, part = f"f32[{B},4,{KV}", f"f32[{B},T,{KV}"
   # Forward and backward in one program share what was gathered.
   back = lambda array: ("reduce-scatter", 1, array.replace("[", "[8,"))
@@ -164,6 +163,8 @@ def test_what_is_sent(length):
   }  # fmt: skip
   for case, collectives_of_case in expected.items():
     assert sent(length, *case, True) == sorted(collectives_of_case), case
+    if case[1] == 5:
+      assert sent(4 * length, *case, True) == sorted(collectives_of_case), case
 
 
 def test_forward_passes_send_once():
