@@ -111,7 +111,7 @@ def of_program(program: hlo.Program, temporary_bytes: int) -> Memory:
     parts[buffer.part] += buffer.bytes
   inner = {name for c in program.computations.values() for name in _inside_fusions(c)}
   values = {
-    (i.shape, i.source): Buffer(TEMPORARIES, readable(i.source), i.shape, i.bytes)
+    (i.shape, i.source): Buffer(TEMPORARIES, readable(i.source) or i.name, i.shape, i.bytes)
     for computation in program.computations.values()
     if computation.name not in inner
     for i in computation.instructions.values()
@@ -163,9 +163,10 @@ def _apart(values, sources) -> list[Buffer]:
     if size < 2**20 or len(chosen) == 16:
       break
     if all(offset + size <= start or end <= offset for start, end, _ in chosen):
-      source = sources.get(name.partition("{")[0], "")
+      name = name.partition("{")[0]
+      made_by = readable(sources.get(name, "")) or name
       shape = re.sub(r"\{.*", "", shape)
-      chosen.append((offset, offset + size, Buffer(TEMPORARIES, readable(source), shape, size)))
+      chosen.append((offset, offset + size, Buffer(TEMPORARIES, made_by, shape, size)))
   return [buffer for _, _, buffer in chosen]
 
 

@@ -115,7 +115,7 @@ def lines(found: dict[str, Any]) -> list[str]:
   sizes = ", ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
   flops = found["flops_per_step"]
   return [
-    f"{found['topology']}: {found['devices']} devices, mesh {sizes}",
+    f"{found['topology']}: {_counted(found['devices'], 'device')}, mesh {sizes}",
     f"{found['parameters'] / 1e6:,.1f}M parameters, {found['batch_size']} rows a step,"
     f" {found['targets_per_step']:,} {found['unit']}; compiled in {found['compile_seconds']:.0f} s",
     *_memory_lines(found),
@@ -140,7 +140,7 @@ def _memory_lines(found) -> list[str]:
 def _communication_lines(found) -> list[str]:
   rows = found["collectives"]
   said = [
-    f"  {row['kind']:<20}{_size(row['bytes_per_device']):>12}  in {row['count']:,} calls"
+    f"  {row['kind']:<20}{_size(row['bytes_per_device']):>12}  in {_counted(row['count'], 'call')}"
     + (" between slices" if row["link"] == "dcn" else "")
     for row in rows
   ]
@@ -211,6 +211,10 @@ def memory_limit(topology: Topology) -> float:
 def write(found: dict[str, Any], path: pathlib.Path) -> None:
   """Writes the facts as JSON."""
   path.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _counted(number: int, noun: str) -> str:
+  return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _finite(number: float) -> float | None:

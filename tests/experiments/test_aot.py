@@ -276,24 +276,43 @@ def test_flags_of_the_mode():
     parse("--mode=aot", "--largest_batch=yes")
 
 
-@pytest.mark.skipif(
+needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
   reason="libtpu is not installed: pip install 'recurrax[aot]'",
 )
+
+
+def compile_tiny(program, topology, *arguments, **fields):
+  """Exit status, output and errors of a report on the tiny Mamba; it waits as long as it takes."""
+  asked = ("--config=configs/mamba_lm.py:tiny", "--mode=aot", f"--topology={topology}", *arguments)
+  process = program.start(*asked, **fields)
+  out, err = process.communicate()
+  return process.returncode, out, err
+
+
+@needs_libtpu
 def test_a_tiny_step_for_a_tpu(program, tmp_path):
   """As a user asks for it, on a machine without a TPU."""
-  outcome = program.run(
-    "--config=configs/mamba_lm.py:tiny",
-    "--mode=aot",
-    "--topology=v5e:2x4",
-    f"--workdir={tmp_path}",
-    mesh__fsdp=4,
-  )
-  assert outcome.status == 0, outcome.err
+  status, out, err = compile_tiny(program, "v5e:2x4", f"--workdir={tmp_path}", mesh__fsdp=4)
+  assert status == 0, err
   found = json.loads((tmp_path / "aot.json").read_text())
   assert found["fits"] and found["devices"] == 8
   assert found["available_bytes_per_device"] == 15.75 * GIB
   assert found["parts_bytes_per_device"]["program"] > 0
   assert "all-reduce" in {row["kind"] for row in found["collectives"]}
   assert 0 < found["estimate"]["mfu_overlapped"] < 1
-  assert "MFU" in outcome.out
+  assert "MFU" in out
+
+
+@needs_libtpu
+def test_a_step_that_does_not_fit_names_the_array_at_fault(program, tmp_path):
+  """An embedding of 5 GiB and two moments of the same size, on a chip of 16 GB."""
+  path = tmp_path / "here.json"
+  sizes = {"model__vocab_size": 40_000_000, "train__batch_size": 1, "data__T": 8}
+  status, _, err = compile_tiny(program, "v5e:1x1", f"--json={path}", **sizes)
+  assert status == 1
+  (line,) = err.strip().splitlines()
+  assert "on each device of v5e:1x1, which has 15.75 GiB" in line
+  assert "f32[40000000,32]" in line and "--config.mesh.fsdp" in line
+  found = json.loads(path.read_text())
+  assert not found["fits"] and found["largest_arrays"][0]["bytes"] > 4 * GIB
