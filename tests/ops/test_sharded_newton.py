@@ -1,0 +1,252 @@
+"""Nonlinear recurrences where time is split: iterate by iterate as on one device."""
+
+import functools
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+import ops
+from experiments.collectives import collectives
+from ops import reference, sharded
+from tests.ops import cells
+from tests.ops.cells import CELLS, D, draw, narrow
+from tests.ops.compare import objective
+from tests.ops.test_sharded import make_mesh
+from tests.quick_compilation import quick_compilation as quick_compilation
+
+B, T, P = 4, 32, 8
+# Far from the solution: cut off by the box, and each step too short.
+HARD = dict(iterations=3, damping=0.1, relaxation=0.9)
+PARALLEL = dict(implementation="parallel")
+RUNS = {
+  "loop": dict(implementation="recurrent"),
+  "newton": dict(**PARALLEL, **HARD, window=T),
+  "quasi": dict(**PARALLEL, **HARD, method="quasi"),
+  "jacobi": dict(**PARALLEL, iterations=4, method="jacobi"),
+}
+
+
+def documents():
+  """Documents that end at a border of eight parts, beside it and far from it; parts of padding."""
+  ids = np.zeros((B, T), np.int32)
+  ids[0] = np.repeat([7, 1, 1, 2, 0, 2], [4, 5, 1, 2, 17, 3])
+  ids[1, 3:19] = -1
+  ids[2] = np.where(np.arange(T) < 9, -5, 6)
+  ids[2, 20:] = np.where(np.arange(12) % 5 < 3, 6, -2)
+  ids[3] = -1
+  return ids
+
+
+def draw_all():
+  """Inputs of every cell, of which Newton's first iterates are far from solutions."""
+  return {name: jax.tree.map(lambda a: 2 * a, draw(name, B, T, limit=2.0)) for name in CELLS}
+
+
+def everything(names, runs, packed, reverse, inputs):
+  """States, final states, reports and all gradients, of every cell in every way."""
+  ids = {"segment_ids": jnp.asarray(documents())} if packed else {}
+
+  def one(name, options):
+    leaves, treedef = jax.tree.flatten(inputs[name])
+
+    def loss(moved):
+      params, x, state = jax.tree.unflatten(
+        treedef, [moved.get(i, leaf) for i, leaf in enumerate(leaves)]
+      )
+      h, final_state, report = ops.newton_scan(
+        CELLS[name], params, x, initial_state=state, reverse=reverse, report=True, **ids, **options
+      )
+      return objective(h, final_state), (h, final_state, report)
+
+    floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+    moved = {i: leaf for i, leaf in enumerate(leaves) if floating(leaf)}
+    return jax.grad(loss, has_aux=True)(moved)
+
+  # A diagonal taken out of a map, and no map at all: each once.
+  only = {"quasi": "dense", "jacobi": "block"}
+  return {
+    f"{name} {run}": one(name, RUNS[run])
+    for run in runs
+    for name in names
+    if only.get(run, name) == name
+  }
+
+
+@pytest.mark.parametrize(
+  ("layout", "method", "packed", "reverse", "names", "runs"),
+  [
+    ((2, 2, 2), "auto", True, True, ("diagonal", "dense"), ("loop", "newton")),
+    ((1, 2, 4), "all_scan", True, False, ("diagonal", "block"), ("newton",)),
+    ((1, 1, 8), "doubling", False, True, ("block", "dense"), ("newton",)),
+    ((1, 1, 8), "all_gather", True, False, tuple(CELLS), ("loop", "quasi", "jacobi")),
+  ],
+)
+def test_every_iterate_is_that_of_one_device(layout, method, packed, reverse, names, runs):
+  """Values, residuals, all gradients; of states that are no solutions yet."""
+  with jax.enable_x64(True):
+    run = lambda: jax.jit(functools.partial(everything, names, runs, packed, reverse))(draw_all())
+    expected = run()
+    with jax.set_mesh(make_mesh(*layout)), sharded.exchange(method, blocks=3):
+      actual = run()
+  for name, one in actual.items():
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9, err_msg=name)
+    jax.tree.map(close, one, expected[name])
+    residual = one[1][2].residual
+    assert residual == 0 if "loop" in name else residual > 1e-2
+
+
+def test_rounding_at_a_border_does_not_stay():
+  """Increments of 1e6 on the way to states of size 1, in float32."""
+  cell = ops.Cell(cells.toggle, "diagonal")
+  x = np.random.default_rng(1).choice([-1.0, 1.0], size=(2, 64, D)).astype(np.float32)
+  a, state = np.full(D, 2.0, np.float32), jnp.full((2, D), 0.9, jnp.float32)
+  run = jax.jit(
+    lambda n: ops.newton_scan(
+      cell, a, x, initial_state=state, implementation="parallel", iterations=n, report=True
+    ),
+    static_argnums=0,
+  )
+  with jax.set_mesh(make_mesh(seq=4)):
+    sizes = [np.abs(run(n)[0]).max() for n in (1, 2, 3, 4)]
+    h, _, report = run(40)
+  assert max(sizes) > 1e4
+  assert report.residual < 1e-6
+  np.testing.assert_allclose(h, reference.nonlinear_scan(cell.step, a, x, state)[0], atol=1e-5)
+
+
+def chaos(policy, implementation="parallel"):
+  x = np.zeros((2, 80, D), np.float32)
+  state = np.linspace(0.1, 0.6, 2 * D, dtype=np.float32).reshape(2, D)
+
+  def run(rate, x, state):
+    cell = ops.Cell(cells.logistic, "diagonal", box=1.0)
+    options = dict(policy=policy, report=True, implementation=implementation)
+    h, final_state, report = ops.newton_scan(cell, rate, x, initial_state=state, **options)
+    return h.sum() * 0 + h[:, :3].sum(), (h, final_state, report)
+
+  # A number of Python's own as parameters.
+  gradient, results = jax.jit(jax.grad(run, has_aux=True))(1.9, x, state)
+  return gradient, *results
+
+
+def test_policies(capfd):
+  exact_gradient, expected, exact_state, _ = chaos("ignore", "recurrent")
+  with jax.set_mesh(make_mesh(data=2, seq=4)):
+    gradient, h, final_state, report = chaos("fallback")
+    assert report.fell_back and report.residual > 1e-3
+    np.testing.assert_array_equal(h, expected)
+    np.testing.assert_array_equal(final_state, exact_state)
+    np.testing.assert_allclose(gradient, exact_gradient, rtol=1e-5)
+    chaos("warn")
+    jax.effects_barrier()
+    assert capfd.readouterr().out.count("newton_scan: residual 1.") == 1
+    gradient, h, final_state, _ = chaos("nan")
+    assert np.isnan(h).all() and np.isnan(final_state).all() and np.isnan(gradient)
+
+
+def test_a_tolerance_stops_all_devices_at_once():
+  params, x, state = narrow(draw("diagonal", 4, 40))
+  run = lambda **o: ops.newton_scan(
+    cells.GRU, params, x, initial_state=state, report=True, **PARALLEL, **o
+  )
+  expected = jax.jit(lambda: run(tolerance=1e-5, iterations=30))()
+  with jax.set_mesh(make_mesh(data=2, seq=4)):
+    h, _, report = jax.jit(lambda: run(tolerance=1e-5, iterations=30))()
+    assert report.iterations == expected[2].iterations and report.residual <= 1e-5
+    np.testing.assert_allclose(h, expected[0], atol=1e-6)
+    with pytest.raises(ValueError, match="window is 10, expected None or at least T=40"):
+      run(window=10)
+
+
+@pytest.mark.parametrize("where", ["input", "initial state"])
+def test_nan_goes_as_far_as_in_the_loop_and_no_further(where):
+  """Over borders, to the end of its document."""
+  cell = ops.Cell(lambda a, h, x: jnp.tanh(a * h + x), "diagonal", 1.0)
+  rng = np.random.default_rng(0)
+  x, state = rng.normal(size=(2, 32, 3)).astype(np.float32), np.zeros((2, 3), np.float32)
+  if where == "input":
+    x[0, 12, 1] = np.nan
+  else:
+    state[0, 2] = np.nan
+  ids = np.repeat([0, 1, 2], [10, 11, 11])[None].repeat(2, 0).astype(np.int32)
+  x, state, ids = map(jnp.asarray, (x, state, ids))
+  scan = lambda **options: ops.newton_scan(
+    cell, jnp.float32(0.5), x, initial_state=state, segment_ids=ids, **options
+  )
+  expected = scan(implementation="recurrent")
+  assert np.isnan(expected[0]).sum() == (9 if where == "input" else 10)
+  with jax.set_mesh(make_mesh()):
+    for options in (dict(iterations=12, **PARALLEL), dict(implementation="recurrent")):
+      actual = jax.jit(functools.partial(scan, **options))()
+      np.testing.assert_allclose(actual[0], expected[0], atol=1e-5)
+      np.testing.assert_allclose(actual[1], expected[1], atol=1e-5)
+
+
+def sent(structure, T, method, **options):
+  """(where, kind, bytes a device sends) -> how often, in a forward and a backward pass."""
+  mesh = make_mesh(seq=P)
+  params, x, state = narrow(draw(structure, B, 1))
+  placed = NamedSharding(mesh, jax.P(None, "seq"))
+  longer = lambda leaf: jax.ShapeDtypeStruct(
+    (B, T, *leaf.shape[2:]), leaf.dtype, sharding=placed
+  )  # fmt: skip
+
+  def step(x):
+    scan = lambda x: ops.newton_scan(
+      CELLS[structure], params, x, initial_state=state, iterations=5, **options
+    )
+    h, pull = jax.vjp(lambda x: scan(x)[0], x)
+    return h, pull(h)
+
+  with jax.set_mesh(mesh), sharded.exchange(method):
+    text = jax.jit(step).lower(jax.tree.map(longer, x)).compile().as_text()
+  count = Counter()
+  for one in collectives(text):
+    inside = [part for part in ("cond", "while") if f"/{part}/" in one.source]
+    count[(*inside[:1], one.kind, one.bytes)] += one.count
+  return count
+
+
+def expected_to_be_sent(d, a, method):
+  """Of states of d bytes and Jacobians of a: five iterations, what is around them, the backward
+  pass, and, should something not be finite, how far it reaches."""
+  halo = ("collective-permute", d)
+  exchange = {
+    "all_gather": Counter([("all-gather", (P - 1) * d), ("all-gather", (P - 1) * a)]),
+    "all_scan": Counter({halo: P - 1}),
+    "doubling": Counter({halo: 4}) + Counter({("collective-permute", a): 3}),
+  }[method]
+  flags = {
+    "all_gather": Counter({("all-gather", (P - 1) * d): 1}),
+    "all_scan": Counter({halo: P - 1}),
+    "doubling": Counter({halo: 4 + 3}),
+  }[method]
+  count = Counter({("all-reduce", 2 * (P - 1) / P * 8): 1, halo: 2}) + exchange
+  for once, part, times in ((exchange, "while", 5), (flags, "cond", 1)):
+    for one, n in (once + Counter([halo])).items():
+      count[part, *one] = n * times
+  return count
+
+
+@pytest.mark.parametrize(
+  ("structure", "d", "a", "T", "method"),
+  [
+    ("block", 2, 4, 32, "all_gather"),
+    ("block", 2, 4, 256, "all_gather"),
+    ("block", 2, 4, 32, "doubling"),
+    ("dense", 1, D, 32, "all_scan"),
+  ],
+)
+def test_what_is_sent(structure, d, a, T, method):
+  row = B * D * 4
+  actual = sent(structure, T, method, **PARALLEL)
+  assert actual == expected_to_be_sent(d * row, a * row, method)
+
+
+def test_a_chain_sends_a_state_a_round():
+  actual = sent("diagonal", 32, "all_gather", implementation="recurrent")
+  assert actual == {("while", "collective-permute", B * D * 4): 2 * P}
