@@ -115,6 +115,8 @@ class Checkpoints:
     self._saving: int | None = None
     _return_large_blocks()
     self._manager = self._open()
+    # Where processes read together, orbax waits within for one that has met damage, and for ever.
+    self._reader = self._open(alone=True) if processes.several() else self._manager
     # Times of the first process: all must find the same checkpoints worth keeping.
     self._began = processes.that_of_first(time.time())
     self._facts: dict[int, _Fact] = {}
@@ -246,14 +248,24 @@ class Checkpoints:
       self.wait()
     finally:
       self._manager.close()
+      if self._reader is not self._manager:
+        self._reader.close()
 
-  def _open(self) -> ocp.CheckpointManager:
+  def _open(self, alone: bool = False) -> ocp.CheckpointManager:
+    """Opens the directory for all processes together, or for this one, which then only reads."""
+    index = jax.process_index()
+    mine = ocp.options.MultiprocessingOptions(
+      primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process-{index}"
+    )
+    read_only = self._read_only or alone
     return ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=_Retention(self._kept),
-        cleanup_tmp_directories=not self._read_only,
-        read_only=self._read_only,
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
+        create=not alone,
+        multiprocessing_options=mine if alone else ocp.options.MultiprocessingOptions(),
       ),
     )
 
@@ -278,7 +290,7 @@ class Checkpoints:
   def _record(self, step: int) -> dict | str:
     """The record of a checkpoint, or why there is none."""
     try:
-      sealed = self._manager.restore(
+      sealed = self._reader.restore(
         step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
       ).record
       record = sealed["record"]
@@ -303,7 +315,7 @@ class Checkpoints:
     printed = io.StringIO()
     with contextlib.redirect_stderr(printed):
       try:
-        state = self._manager.restore(step, args=ocp.args.Composite(state=wanted)).state
+        state = self._reader.restore(step, args=ocp.args.Composite(state=wanted)).state
       except Exception as error:
         # An array that cannot be read is a bare Exception in orbax, and only that class means it.
         if type(error) is not Exception and not isinstance(error, UNREADABLE):

@@ -30,8 +30,9 @@ from experiments.errors import UserError
 MEETING_SECONDS = 300  # for all to come: a cluster may start them minutes apart
 HEARTBEAT_SECONDS = 60  # without a sign of life, after which a process counts as dead
 SIGNALLED = "signalled"
-_DAY = 24 * 3600 * 1000  # milliseconds
+_DAY = 24 * 3600  # seconds
 _FAILURE = "recurrax/failure"
+_HEARING_SECONDS = 1  # until a failure has been heard of
 _SLURM = (
   "SLURM_JOB_ID",
   "SLURM_STEP_NODELIST",
@@ -47,8 +48,8 @@ _LOST = re.compile(r"gloo|nccl|coordination|barrier timed out|heartbeat|connecti
 def together(flags: Mapping[str, str]) -> Iterator[None]:
   """Joins the other processes, if there are any; to be entered before a device is touched.
 
-  When the body ends, waits for the others. When it fails, each of them ends within a second, with
-  one line that says so; where a process is killed, they end when JAX notices.
+  When the body ends, waits for the others. When it fails, they end within seconds, each with one
+  line that says so; where a process is killed, they end when JAX notices.
 
   Args:
     flags: of `coordinator`, `processes` and `process` those given on the command line.
@@ -60,8 +61,8 @@ def together(flags: Mapping[str, str]) -> Iterator[None]:
   if not jax.distributed.is_initialized():
     yield
     return
-  leaving = threading.Event()
-  threading.Thread(target=_watch, args=(leaving,), daemon=True).start()
+  ending = threading.Lock()  # whoever holds it decides how this process ends
+  threading.Thread(target=_watch, args=(ending,), daemon=True).start()
   try:
     try:
       yield
@@ -73,12 +74,12 @@ def together(flags: Mapping[str, str]) -> Iterator[None]:
         f"another process was lost ({said[:120]}): start all of them again to go on", status=1
       ) from None
   except BaseException as error:
-    leaving.set()
+    if not ending.acquire(blocking=False):
+      time.sleep(_DAY)  # another process failed first, and ends this one
     _tell(error)
     # At exit JAX would wait for the others, who have gone.
     atexit.register(os._exit, 1)
     raise
-  leaving.set()
   jax.distributed.shutdown()
 
 
@@ -222,7 +223,7 @@ def lined_up(function: Callable) -> Callable:
 
 def _wait_for_all(where: str) -> None:
   """Waits on the host, as long as it takes, until all processes have come here."""
-  distributed.global_state.client.wait_at_barrier(f"recurrax/{where}", _DAY)
+  distributed.global_state.client.wait_at_barrier(f"recurrax/{where}", _DAY * 1000)
 
 
 def _checked(flags: Mapping[str, str]) -> tuple[str, int, int]:
@@ -339,16 +340,19 @@ def _attend(
     raise UserError(answer.strip())
 
 
-def _watch(leaving: threading.Event) -> None:
+def _watch(ending: threading.Lock) -> None:
   """Ends this process when another one has told of its failure."""
   try:
-    told = distributed.global_state.client.blocking_key_value_get(_FAILURE, 365 * _DAY)
+    told = distributed.global_state.client.blocking_key_value_get(_FAILURE, 365 * _DAY * 1000)
   except jax.errors.JaxRuntimeError:
     return  # all have ended well, or JAX says what has happened
-  if not leaving.is_set():
-    print(f"error: {told}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(1)
+  if not ending.acquire(blocking=False):
+    return
+  print(f"error: {told}", file=sys.stderr, flush=True)
+  sys.stdout.flush()
+  if distributed.global_state.process_id == 0:
+    time.sleep(3 * _HEARING_SECONDS)  # JAX aborts those that are left when its service goes
+  os._exit(1)
 
 
 def _tell(error: BaseException) -> None:
@@ -360,4 +364,4 @@ def _tell(error: BaseException) -> None:
     distributed.global_state.client.key_value_set(
       _FAILURE, f"process {distributed.global_state.process_id} has failed: {said}"
     )
-  time.sleep(1)
+  time.sleep(_HEARING_SECONDS)
