@@ -7,11 +7,9 @@ those that the flags --coordinator, --processes and --process speak of.
 import atexit
 import contextlib
 import functools
-import json
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -25,6 +23,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+from experiments import meeting
 from experiments.errors import UserError
 
 MEETING_SECONDS = 300  # for all to come: a cluster may start them minutes apart
@@ -98,10 +97,10 @@ def initialise(flags: Mapping[str, str], timeout: float = MEETING_SECONDS) -> No
     "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
   }
   if flags:
-    address, count, index = _checked(flags)
+    address, count, index = meeting.read_flags(flags)
     if count == 1:
       return
-    _meet(address, count, index, timeout)
+    meeting.meet(address, count, index, timeout)
     jax.distributed.initialize(
       address, count, index, cluster_detection_method="deactivate", **settings
     )
@@ -226,29 +225,6 @@ def _wait_for_all(where: str) -> None:
   distributed.global_state.client.wait_at_barrier(f"recurrax/{where}", _DAY * 1000)
 
 
-def _checked(flags: Mapping[str, str]) -> tuple[str, int, int]:
-  """The coordinator's address, the number of processes, and which one this is."""
-
-  def whole(name: str) -> int:
-    if not re.fullmatch(r"\d+", flags[name]):
-      raise UserError(f"--{name} is {flags[name]!r}, must be a whole number")
-    return int(flags[name])
-
-  if dict(flags) == {"processes": "1"}:
-    return "", 1, 0
-  for name in ("coordinator", "processes", "process"):
-    if name not in flags:
-      given = " and ".join(f"--{other}" for other in flags)
-      raise UserError(f"--{name} is missing beside {given}: several processes need all three")
-  count, index = whole("processes"), whole("process")
-  if index >= count:
-    raise UserError(f"--process is {index}, must be less than --processes, which is {count}")
-  address = flags["coordinator"]
-  if not re.fullmatch(r"(\[[^\]]+\]|[^:\[\]]+):\d{1,5}", address):
-    raise UserError(f"--coordinator is {address!r}, must be host:port, such as localhost:8476")
-  return address, count, index
-
-
 def _environment() -> tuple[str | None, bool]:
   """What starts several processes here, and whether it is certain that it does."""
   number = lambda name: int(value) if (value := os.environ.get(name, "")).isdecimal() else 1
@@ -262,82 +238,6 @@ def _environment() -> tuple[str | None, bool]:
   workers = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES", "")
   # Outside GKE only Google's metadata server knows, which JAX asks; elsewhere none may be there.
   return "the TPU", "," in workers or number("MEGASCALE_NUM_SLICES") > 1
-
-
-def _meet(address: str, count: int, index: int, timeout: float) -> None:
-  """Returns when all processes have come: JAX would abort where one is missing, and not say which.
-
-  The first process listens where its coordinator will. Each other one says who it is, as
-  [processes, process] in JSON on a line, and is answered with a line: empty, or what is wrong.
-  """
-  host, port = address.rsplit(":", 1)
-  deadline = time.monotonic() + timeout
-  if index == 0:
-    _receive(address, int(port), count, timeout, deadline)
-  else:
-    _attend(address, host.strip("[]"), int(port), (count, index), timeout, deadline)
-
-
-def _receive(address: str, port: int, count: int, timeout: float, deadline: float) -> None:
-  """The first process' part in `_meet`."""
-  both = socket.has_dualstack_ipv6()
-  family = socket.AF_INET6 if both else socket.AF_INET
-  try:
-    server = socket.create_server(("", port), family=family, backlog=count, dualstack_ipv6=both)
-  except (OSError, OverflowError) as error:
-    raise UserError(f"--coordinator={address} cannot be opened: {error}") from None
-  come: dict[int, socket.socket] = {}
-  problem = ""
-  with server:
-    while len(come) < count - 1 and not problem:
-      server.settimeout(max(deadline - time.monotonic(), 0.01))
-      try:
-        connection, _ = server.accept()
-        connection.settimeout(5)
-        theirs, index = json.loads(connection.makefile().readline())
-      except TimeoutError:
-        if time.monotonic() > deadline:
-          missing = ", ".join(str(n) for n in range(1, count) if n not in come)
-          problem = f"--processes is {count}, but --process={missing} did not come in {timeout:g} s"
-        continue
-      except (OSError, TypeError, ValueError):
-        continue  # somebody else's connection, such as a probe of a port
-      if theirs != count:
-        problem = f"--processes is {count} for process 0, {theirs} for process {index}"
-      elif index in come:
-        problem = f"--process={index} was given to two processes"
-      come[index if index not in come else -1] = connection
-    for connection in come.values():
-      with connection, contextlib.suppress(OSError):
-        connection.sendall(f"{problem}\n".encode())
-  if problem:
-    raise UserError(problem)
-
-
-def _attend(
-  address: str, host: str, port: int, who: tuple[int, int], timeout: float, deadline: float
-) -> None:
-  """The part of every other process in `_meet`."""
-  while True:
-    left = max(deadline - time.monotonic(), 0.01)
-    try:
-      with socket.create_connection((host, port), timeout=left) as connection:
-        connection.sendall((json.dumps(who) + "\n").encode())
-        # Longer than the first process waits, which knows better what is wrong.
-        connection.settimeout(left + 5)
-        answer = connection.makefile().readline()
-      if answer.endswith("\n"):
-        break
-      reason = "connection closed"
-    except (OSError, OverflowError) as error:
-      reason = getattr(error, "strerror", None) or str(error)
-    if time.monotonic() > deadline:
-      raise UserError(
-        f"--coordinator={address} cannot be reached by process {who[1]} in {timeout:g} s: {reason}"
-      )
-    time.sleep(0.2)
-  if answer.strip():
-    raise UserError(answer.strip())
 
 
 def _watch(ending: threading.Lock) -> None:

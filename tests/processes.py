@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -43,18 +44,25 @@ class Outcome:
 
 
 class Program:
-  """run.py, with two CPU devices and caches of compiled programs and data that processes share."""
+  """run.py on CPU devices, with caches of compiled programs and data that processes share."""
 
-  def __init__(self, scratch: pathlib.Path, config: str = "configs/quickstart.py:tiny"):
+  def __init__(
+    self,
+    scratch: pathlib.Path,
+    config: str = "configs/quickstart.py:tiny",
+    devices: int = 2,
+    **environment: str,
+  ):
     self.cache = scratch / "data"
     self._config = config
     self._environment = {
       **os.environ,
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
       "JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled"),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+      **environment,
     }
 
   def start(self, *arguments: str, **fields) -> subprocess.Popen:
@@ -83,6 +91,13 @@ class Program:
     outcome = self.run(f"--workdir={workdir}", **fields)
     assert (outcome.status, outcome.err) == (0, ""), outcome
     return outcome.out
+
+
+def free_port() -> int:
+  """A port that nobody listens on."""
+  with socket.socket() as probe:
+    probe.bind(("", 0))
+    return probe.getsockname()[1]
 
 
 def end(process: subprocess.Popen) -> Outcome:
