@@ -80,14 +80,14 @@ class Instruction:
   @property
   def group_size(self) -> int | None:
     """How many devices take part in a collective together; None where all do."""
-    groups = self._find(r"replica_groups=(.*?)(?:, [a-z_]+=|$)") or ""
+    groups = self._find(r"replica_groups=(.*?)(?:, (?!device_ids)[a-z_]+=|$)") or ""
     if groups.startswith("{{"):
       return groups[2:].partition("}")[0].count(",") + 1
     if groups.startswith("["):  # [groups,devices]<=[...]
       return int(re.match(r"\[(?:\d+,)*(\d+)\]", groups)[1])
     if groups.startswith("mesh["):  # mesh['a'=2,'b'=4] {'b'}; part of an axis: {'b':(1)2}
       sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups))
-      axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", groups.partition("{")[2])
+      axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", groups.rpartition("{")[2])
       return math.prod(int(part or sizes[axis]) for axis, part in axes)
     return None
 

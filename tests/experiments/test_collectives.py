@@ -169,6 +169,21 @@ def test_what_only_tpus_have():
   assert totals(found, link="dcn") == {"all-reduce": Total(5, 5 * 1.5 * 128)}
 
 
+REORDERED = """HloModule look_up, num_partitions=8
+
+ENTRY %main (p: f32[12,4]) -> f32[24,4] {
+  %p = f32[12,4]{1,0} parameter(0)
+  ROOT %gather = f32[24,4]{1,0} all-gather(%p), channel_id=2, \
+replica_groups=mesh['a'=2,'b'=2,'c'=2], device_ids=([2,2,2]T(1,0,2)) {'b'}, dimensions={0}
+}
+"""
+
+
+def test_groups_along_an_axis_of_devices_in_another_order():
+  (found,) = collectives(REORDERED)
+  assert (found.kind, found.group_size, found.bytes) == ("all-gather", 2, 12 * 4 * 4)
+
+
 def test_a_text_without_an_entry_is_refused():
   with pytest.raises(ValueError, match="ENTRY"):
     collectives("module @jit_f {}")
