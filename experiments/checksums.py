@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import processes
 from experiments.rules import path_name
 
 
@@ -52,10 +53,11 @@ def checksums(tree: Any) -> dict[str, int]:
 
 @functools.cache
 def _compiled(mesh: jax.sharding.Mesh | None):
-  # Every process of a run must be able to read the result.
   if mesh is None:
     return jax.jit(_all)
-  return jax.jit(_all, out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+  # Every process of a run must be able to read the result.
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  return processes.lined_up(jax.jit(_all, out_shardings=everywhere))
 
 
 def _all(leaves: list[jax.Array]) -> jax.Array:

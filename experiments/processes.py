@@ -20,7 +20,6 @@ import numpy as np
 
 # JAX shows the coordination service, through which a process tells why it ends, nowhere else.
 from jax._src import distributed
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from experiments import meeting
@@ -31,6 +30,7 @@ HEARTBEAT_SECONDS = 60  # without a sign of life, after which a process counts a
 SIGNALLED = "signalled"
 _DAY = 24 * 3600  # seconds
 _FAILURE = "recurrax/failure"
+_WORDS = "recurrax/words"
 _HEARING_SECONDS = 1  # until a failure has been heard of
 _SLURM = (
   "SLURM_JOB_ID",
@@ -134,9 +134,7 @@ def is_first() -> bool:
 
 def all_agree(mine: bool) -> bool:
   """Whether it is so for every process; all must ask."""
-  if not several():
-    return mine
-  return bool(multihost_utils.process_allgather(np.bool_(mine)).all())
+  return mine if not several() else set(_said(repr(mine)).values()) == {"True"}
 
 
 def any_says(mine: bool) -> bool:
@@ -146,11 +144,7 @@ def any_says(mine: bool) -> bool:
 
 def that_of_first(number: float) -> float:
   """The number that the first process has; all must ask."""
-  if not several():
-    return number
-  # As words, for JAX would round it to float32.
-  words = np.array([number], np.float64).view(np.uint32)
-  return float(multihost_utils.broadcast_one_to_all(words).view(np.float64)[0])
+  return number if not several() else float(_said(repr(number))["0"])
 
 
 @contextlib.contextmanager
@@ -218,6 +212,16 @@ def lined_up(function: Callable) -> Callable:
     return compiled[key](*arguments)
 
   return call
+
+
+def _said(words: str) -> dict[str, str]:
+  """What each process says, by its number. On the host: devices would have to compile for it."""
+  client = distributed.global_state.client
+  client.key_value_set(f"{_WORDS}/{distributed.global_state.process_id}", words, True)
+  _wait_for_all("said")
+  said = {name.rsplit("/", 1)[1]: value for name, value in client.key_value_dir_get(_WORDS)}
+  _wait_for_all("heard")
+  return said
 
 
 def _wait_for_all(where: str) -> None:
