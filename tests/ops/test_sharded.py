@@ -35,7 +35,7 @@ def documents():
   """Four rows for eight parts of four tokens: documents that end at a border, beside it and far
   from it, one without end, parts of padding alone, padding alone."""
   ids = np.zeros((4, T), np.int32)
-  ids[0] = np.repeat([7, 1, 1, 2, 0, 2], [4, 5, 1, 2, 17, 3])
+  ids[0] = np.repeat([7, 1, 1, 2, 0, 2], [4, 5, 1, 6, 13, 3])
   ids[1, 3:19] = -1
   ids[2] = np.where(np.arange(T) < 9, -5, 6)
   ids[2, 20:] = np.where(np.arange(12) % 5 < 3, 6, -2)
