@@ -26,27 +26,41 @@ from ops.device_scan import border
 from ops.online_softmax import Keys, Places
 from ops.rotary import rotary
 from ops.segments import find_segments, where_mask
-from ops.softmax_attention import attend
 from ops.time_axis import Split
 
 
 def _form(split, arguments):
-  k, v, window, ids = (arguments[name] for name in ("k", "v", "window", "segment_ids"))
-  (B, T), kept = k.shape[:2], arguments["kept"]
+  q, k, v, ids, window = (arguments[name] for name in ("q", "k", "v", "segment_ids", "window"))
+  (B, T, _, K), kept = k.shape, arguments["kept"]
   kv = jnp.concatenate([k, v], axis=-1)
-  past, valid = jnp.zeros((B, kept, *kv.shape[2:]), kv.dtype), jnp.zeros((B, kept), bool)
+  first = halo.Window(jnp.zeros((B, kept, *kv.shape[2:]), kv.dtype), jnp.zeros(B, jnp.int32))
   if arguments["past_k"] is not None:
-    valid = arguments["past_valid"]
     past = jnp.concatenate([arguments["past_k"], arguments["past_v"]], axis=-1).astype(kv.dtype)
-    past = where_mask(valid, past)
-  past = halo.Window(past, jnp.sum(valid, axis=1, dtype=jnp.int32))
-  if window is not None and window - 1 <= T:
-    entering = _state(halo.before(split, kv, past, ids), k.shape[3])
-    names = ("past_k", "past_v", "past_valid")
-    o, *_ = attend(**{**arguments, **dict(zip(names, entering))})
+    valid = arguments["past_valid"]
+    first = halo.Window(where_mask(valid, past), jnp.sum(valid, axis=1, dtype=jnp.int32))
+  packed, rounds = ids is not None, split.P - 1
+  near = window is not None and window - 1 <= T
+  if near:
+    past = halo.before(split, kv, first, ids)
+    at = _within(past.count, T, ids)
+    how = _How(split, "ring", window, 0, packed)
   else:
-    o = _attend_all(split, arguments, past)
-  return o, *_state(halo.after(split, kv, past, ids), k.shape[3])
+    past, at = first, _places(split, first.count, T, ids)
+    if window is not None and not packed:
+      rounds = min(rounds, -(-(window - 1) // T))
+    how = _How(split, arguments["sequence"], window, rounds, packed)
+
+  turn = lambda x, at: rotary(x, at.position, arguments["rotary_base"])
+  turn_keys = lambda kv, at: jnp.concatenate([turn(kv[..., :K], at), kv[..., K:]], axis=-1)
+  q, keys, earlier = turn(q, at), turn_keys(kv, at), None
+  if packed:
+    q, keys = where_mask(ids >= 0, q), where_mask(ids >= 0, keys)
+  if kept and (near or arguments["past_k"] is not None):
+    position = jnp.arange(kept) - kept + past.count[:, None]
+    places = Places(position, jnp.where(position >= 0, 0, -1))
+    earlier = Keys(turn_keys(past.tokens, places), places)
+  o = _run(how, q, Keys(keys, at), earlier)
+  return o, *_state(halo.after(split, kv, first, ids), K)
 
 
 def _state(window: halo.Window, K: int):
@@ -62,46 +76,33 @@ class _How(NamedTuple):
   split: Split
   sequence: str
   window: int | None
-  rounds: int  # devices back that a query may see
+  rounds: int  # hops of a ring: devices back that a query may see
   packed: bool  # whether places have to be sent, or are known
 
 
-def _attend_all(split, arguments, past: halo.Window):
-  q, k, v, ids, window = (arguments[name] for name in ("q", "k", "v", "segment_ids", "window"))
-  T, base = k.shape[1], arguments["rotary_base"]
-  at, rounds = _places(split, T, past.count, ids), split.P - 1
-  turn = lambda x, at: rotary(x, at.position, base)
-  q, kv = turn(q, at), jnp.concatenate([turn(k, at), v], axis=-1)
-  if ids is not None:
-    q, kv = (where_mask(ids >= 0, x) for x in (q, kv))
-  elif window is not None:
-    rounds = min(rounds, -(-(window - 1) // T))
-  earlier = None
-  if arguments["past_k"] is not None:
-    kept, K = past.tokens.shape[1], k.shape[3]
-    position = jnp.arange(kept) - kept + past.count[:, None]
-    places = Places(position, jnp.where(position >= 0, 0, -1))
-    tokens = past.tokens
-    tokens = jnp.concatenate([turn(tokens[..., :K], places), tokens[..., K:]], axis=-1)
-    earlier = Keys(tokens, places)
-  how = _How(split, arguments["sequence"], window, rounds, ids is not None)
-  return _run(how, q, Keys(kv, at), earlier)
-
-
-def _places(split, T, count, ids) -> Places:
-  """Of this part's tokens, in all of time; what came before the first counts too."""
+def _within(count, T: int, ids) -> Places:
+  """Of a part's tokens, where `count` tokens of its first document come before it."""
   if ids is None:
-    position = count[:, None] + split.order() * T + jnp.arange(T)
+    position = count[:, None] + jnp.arange(T)
     return Places(position, jnp.zeros_like(position))
+  segments = find_segments(ids)
+  position = count[:, None] + jnp.cumsum(segments.real, axis=1, dtype=jnp.int32) - 1
+  return Places(position, jnp.where(segments.real, segments.document, -1))
+
+
+def _places(split: Split, count, T: int, ids) -> Places:
+  """Of a part's tokens, in all of time, where `count` tokens come before the first part."""
+  if ids is None:
+    return _within(count + split.order() * T, T, None)
   crossing, segments = border(split, ids), find_segments(ids)
   documents = segments.document[:, -1] + crossing
   numbers = jnp.stack([jnp.sum(segments.real, axis=1, dtype=jnp.int32), documents])
   parts = jax.lax.all_gather(numbers, split.axis)
   earlier = (jnp.arange(split.P) < split.order())[:, None, None]
   tokens, documents = jnp.sum(jnp.where(earlier, parts, 0), axis=0)
-  position = (count + tokens)[:, None] + jnp.cumsum(segments.real, axis=1, dtype=jnp.int32) - 1
-  document = segments.document + (documents + crossing)[:, None]
-  return Places(position, jnp.where(segments.real, document, -1))
+  at = _within(count + tokens, T, ids)
+  document = at.document + (documents + crossing)[:, None]
+  return at._replace(document=jnp.where(at.document < 0, -1, document))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -201,6 +202,8 @@ def _block(how: _How, keys: Keys, moving, r) -> Keys:
 
 
 def _hop(how: _How, x, hops: int = 1):
+  if hops == 0:
+    return x
   P = how.split.P
   links = [(p, (p + hops) % P) for p in range(P)]
   return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, how.split.axis, links), x)

@@ -67,6 +67,11 @@ def softmax_attention(
     raise ValueError(f"sequence is {sequence!r}, expected one of {', '.join(SEQUENCES)}")
   past = {} if initial_state is None else initial_state
   kept = context if window is None else window - 1
+  for name, array in past.items():
+    expected = {"k": (len(k), kept, *k.shape[2:]), "v": (len(v), kept, *v.shape[2:])}
+    expected = expected.get(name, (len(k), kept))
+    if array.shape != expected:
+      raise ValueError(f"initial_state[{name!r}] has shape {array.shape}, expected {expected}")
   o, *state = attend(
     q, k, v, past.get("k"), past.get("v"), past.get("valid"), segment_ids,
     window=window, kept=kept, rotary_base=rotary_base, sequence=sequence,
