@@ -205,9 +205,18 @@ def test_rotary_turns_pairs_and_only_differences_matter(base):
     ({"kv_heads": 0}, "kv_heads is 0, must be at least 1"),
     ({"kv_heads": -2}, "kv_heads is -2, must be at least 1"),
     ({"context": -1}, "context is -1, must be at least 0"),
+    ({"sequence": "rings"}, "sequence is 'rings', must be one of all_gather, ring"),
     ({"mlp_width": -1}, "mlp_width is -1, must be at least 0"),
   ],
 )
 def test_wrong_fields(fields, message):
   with pytest.raises(ValueError, match=message):
     attention.Config(**{**SIZES, **fields})
+
+
+def test_state_of_another_size():
+  mixer, params, _ = make(window=4, kv_heads=2)
+  state = attention.init_state(attention.Config(**SIZES, window=5, kv_heads=2), 1)
+  expected = r"initial_state\['k'\] has shape \(1, 4, 2, 6\), expected \(1, 3, 2, 6\)"
+  with pytest.raises(ValueError, match=expected):
+    mixer.apply({"params": params}, jnp.asarray(random_input(1)), state)

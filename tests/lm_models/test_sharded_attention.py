@@ -70,8 +70,3 @@ def test_what_is_sent(fields, expected):
     run = jax.jit(lambda x: mixer.apply({"params": params}, x)[0])
     found = collectives(run.lower(x).compile().as_text())
   assert {(r.kind, r.count, r.arrays.split("{")[0]) for r in found} == expected
-
-
-def test_wrong_sequence():
-  with pytest.raises(ValueError, match="sequence is 'rings', must be one of all_gather, ring"):
-    make(sequence="rings")
