@@ -1,7 +1,8 @@
 """What the data sheets of TPUs say: the figures of roofline estimates.
 
-Peak and bandwidths: Google's pages docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x.
-What a program may use of the memory is what the compiler of libtpu 0.0.42 says when it runs out.
+Peak and bandwidths: Google's pages docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x. Not
+found there, hence assumed: that v4 has the network of v5p. What a program may use of the memory is
+what the compiler of libtpu 0.0.42 says when it runs out.
 """
 
 import dataclasses
