@@ -1,8 +1,9 @@
 """What the data sheets of TPUs say: the figures of roofline estimates.
 
-Peak and bandwidths: Google's pages docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x. Not
-found there, hence assumed: that v4 has the network of v5p. What a program may use of the memory is
-what the compiler of libtpu 0.0.42 says when it runs out.
+Peaks, and bandwidths of memory and links: docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x.
+Assumed, since those pages were not seen to say: the links of v4, bandwidths of TPU7x, and the
+network of all but v5e and v5p. What a program may use of the memory is what the compiler of libtpu
+0.0.42 says when it runs out.
 """
 
 import dataclasses
@@ -39,7 +40,7 @@ class Chip:
 CHIPS = {
   chip.kind: chip
   for chip in (
-    Chip("v4", 275e12, 30.75 * GIB, 1228e9, 300e9, 6, 6.25e9, axes=3),
+    Chip("v4", 275e12, 30.75 * GIB, 1200e9, 300e9, 6, 6.25e9, axes=3),
     Chip("v5e", 197e12, 15.75 * GIB, 819e9, 200e9, 4, 3.125e9, axes=2),
     Chip("v5p", 459e12, 95.74 * GIB, 2765e9, 600e9, 6, 6.25e9, axes=3),
     Chip("v6e", 918e12, 31.25 * GIB, 1638e9, 400e9, 4, 12.5e9, axes=2),
