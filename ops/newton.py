@@ -43,6 +43,9 @@ def newton_scan(
 ):
   """h_t = cell.step(params, h_{t-1}, x_t) for every token.
 
+  Where a mesh splits time (`ops.time_axis`), Newton's method exchanges one map per iteration; the
+  loop runs on one device after the other, which splits the memory and not the time.
+
   Args:
     cell: the recurrence, see `ops.Cell`; whether its promises are true, `ops.check_cell` tells.
     params: any pytree of arrays, differentiable.
@@ -60,7 +63,8 @@ def newton_scan(
       forgets fast). Gradients are exact all the same.
     damping: Jacobians are multiplied by 1 - damping.
     relaxation: increments are multiplied by it.
-    window: solve so many tokens at a time, each window from the last state of the one before.
+    window: solve so many tokens at a time, each window from the last state of the one before. Where
+      a mesh splits time, Newton's method takes all tokens at once: None, or at least T.
     policy: where the residual exceeds `limit` or is not a number: "ignore"; "warn" (print, once
       per call); "fallback" (the sequential scan's states, bit for bit); "nan" (everything NaN).
       Under `jax.vmap` "fallback" computes both and selects: map over the batch axis instead. A

@@ -12,15 +12,18 @@ before the iteration, and on its way while the part is scanned. Were e itself ca
 the rounding of large increments would stay in it for ever. Clipping, relaxation, and guesses in
 place of what is not finite act on e as they do on every state.
 
-Devices and iterations send, for a state of d numbers and Jacobians of a, by
+For a state of d numbers and Jacobians of a, a device receives in each iteration
 
-  all_gather         d + a received from each device, and d from the one before
+  all_gather         d + a from every other device, and d from the one before
   all_scan           d, and d from the one before
-  doubling           about log2 P (d + a), and d from the one before
+  doubling           about (1 + log2 P) d + log2 P a, and d from the one before
   method "jacobi"    d from the one before
 
-and before them d (of the guess), behind them d and one number (of the residual); the backward pass
-sends one map, once. The loop is a chain of devices, see `ops.device_chain`.
+with documents also where they begin; ahead of all iterations d, of the guess; after them d, and one
+number, of the residual. The backward pass sends one map, once. Where something is not finite, how
+far it reaches is one more exchange.
+
+The loop is a chain of devices, see `ops.device_chain`.
 
 Lim et al. 2024 (DEER, arXiv:2309.12252), Danieli et al. 2025 (ParaRNN, arXiv:2510.21450).
 """
