@@ -184,11 +184,15 @@ def next_guess(known: dict[int, tuple[bool, float]], limit: float) -> int | None
     return None
   if len(known) == 1:
     return 2 * low if low else max(1, high // 2)
-  ends = sorted(known, key=lambda n: abs(known[n][1] - limit))[:2]
-  (_, first), (_, second) = known[ends[0]], known[ends[1]]
-  slope = (second - first) / (ends[1] - ends[0])
-  guess = int(ends[0] + (limit - first) / slope) if slope > 0 else 2 * low
-  return max(low + 1, min(guess, high - 1 if high is not None else 64 * low))
+  # What does not fit may need more than is said of it: XLA recomputes arrays while that helps.
+  fitting = sorted(n for n, (fits, _) in known.items() if fits)[-2:]
+  closest = sorted(known, key=lambda n: abs(known[n][1] - limit))[:2]
+  one, other = fitting if len(fitting) == 2 else closest
+  slope = (known[other][1] - known[one][1]) / (other - one)
+  guess = int(one + (limit - known[one][1]) / slope) if slope > 0 else 2 * low
+  if high is not None and guess >= high:
+    return (low + high) // 2
+  return max(low + 1, min(guess, 64 * max(low, 1)))
 
 
 def needed_bytes(message: str) -> float | None:
