@@ -20,9 +20,12 @@ of one device's share on it alone / the time on P."""
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
   """The rows of one op."""
-  first = rows[0]
-  title = f"{first['op']} {shape_text(first)} {first['dtype']}, forward + backward"
+  title = f"{_workload(rows[0])} {rows[0]['dtype']}, forward + backward"
   return "\n".join([title, *map(_line, rows)])
+
+
+def _workload(row) -> str:
+  return f"{row['op']} {shape_text({**row, 'T': None})}"
 
 
 def _line(row) -> str:
@@ -60,7 +63,7 @@ def sent_table(rows: Sequence[Mapping[str, Any]], P: int) -> str:
     first = next(iter(own.values()))
     state = f"{_kib(first['state_bytes'])} KiB" if first["state_bytes"] else "none"
     cells = [_cell(own[method]) if method in own else "" for method in methods]
-    lines.append(f"| {op} {shape_text({**first, 'T': None})} | {state} | {' | '.join(cells)} |")
+    lines.append(f"| {_workload(first)} | {state} | {' | '.join(cells)} |")
   title = f"sent by each device in a forward and a backward pass, P = {P}"
   return "\n".join([title, *lines])
 
