@@ -69,11 +69,12 @@ def product(
   return jax.lax.dot_general(x, kernel, (contracted, ((), ())), preferred_element_type=dtype)
 
 
-def parts_of_time(T: int) -> int:
-  """Over how many devices of the mesh in force the T tokens of a row are spread."""
+def parts_of(n: int, axes: str | Sequence[str]) -> int:
+  """Over how many devices of the mesh in force these of its axes spread n rows or tokens."""
   mesh = jax.sharding.get_abstract_mesh()
-  devices = 1 if mesh.empty else mesh.shape.get("seq", 1)
-  return devices if T % devices == 0 else 1
+  names = (axes,) if isinstance(axes, str) else axes
+  devices = 1 if mesh.empty else math.prod(mesh.shape.get(name, 1) for name in names)
+  return devices if n % devices == 0 else 1
 
 
 def running_count(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
@@ -83,7 +84,7 @@ def running_count(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
   are sent.
   """
   B, T = mask.shape
-  parts = parts_of_time(T)
+  parts = parts_of(T, "seq")
   counts = constrain(mask.reshape(B, parts, T // parts), ("data", "fsdp"), "seq", None)
   counts = jnp.cumsum(counts, axis=2, dtype=jnp.int32)
   totals = counts[:, :, -1]

@@ -243,10 +243,12 @@ class LanguageModel(nn.Module):
     return self.norm(x), state
 
   def logits(self, x):
-    """Logits, float32, of features [B T D] or [B T C D]."""
-    kernel = (self.embedding.T if self.config.tied else self.head).astype(x.dtype)
-    logits = layers.product(x, kernel, dtype=jnp.float32)
-    return layers.constrain(logits, *TOKENS, *[None] * (x.ndim - 3), "tensor")
+    """Logits, float32, of features [B T D]."""
+    logits = layers.product(x, self._head().astype(x.dtype), dtype=jnp.float32)
+    return layers.constrain(logits, *TOKENS, "tensor")
+
+  def _head(self):
+    return self.embedding.T if self.config.tied else self.head
 
   def nats(self, tokens, targets, state, segment_ids):
     """Cross-entropy of each target, [B T] float32, and the state after the last token.
@@ -255,28 +257,43 @@ class LanguageModel(nn.Module):
     backwards too: with a large vocabulary they are the largest array of all.
     """
     x, state = self.features(tokens, state, segment_ids)
+    size = self.config.loss_chunk
+    if 0 < size < targets.shape[1] // layers.parts_of(targets.shape[1], TOKENS[1]):
+      return self._chunked_nats(x, targets, size), state
+    return _nats(self.logits(x), targets), state
 
-    def nats(x, targets):
-      logits = self.logits(x)
-      chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-      return jax.nn.logsumexp(logits, axis=-1) - chosen
-
+  def _chunked_nats(self, x, targets, size):
     B, T = targets.shape
-    # Each device's part of time is cut into chunks: a chunk of all time would lie on one device.
-    parts = layers.parts_of_time(T)
-    part = T // parts
-    size = self.config.loss_chunk or part
-    if size >= part:
-      return nats(x, targets), state
+    # Each device cuts its own tokens into chunks: a chunk of all time would lie on one device. And
+    # it has a head of its own, whose gradient it sums over chunks before it sends anything.
+    rows, parts = (layers.parts_of(n, axes) for n, axes in zip((B, T), TOKENS))
+    b, part = B // rows, T // parts
+    chunks = -(-part // size)
 
     def split(y):
-      y = layers.constrain(y.reshape(B, parts, part, *y.shape[2:]), *TOKENS, *[None] * (y.ndim - 1))
-      y = jnp.pad(y, [(0, 0), (0, 0), (0, -part % size)] + [(0, 0)] * (y.ndim - 3))
-      return jnp.moveaxis(y.reshape(B, parts, -1, size, *y.shape[3:]), 2, 0)
+      y = y.reshape(rows, b, parts, part, *y.shape[2:])
+      y = layers.constrain(y, TOKENS[0], None, TOKENS[1], *[None] * (y.ndim - 3))
+      y = jnp.pad(y, [(0, 0)] * 3 + [(0, chunks * size - part)] + [(0, 0)] * (y.ndim - 4))
+      y = jnp.moveaxis(y.reshape(rows, b, parts, chunks, size, *y.shape[4:]), (3, 0, 2), (0, 1, 2))
+      return y.reshape(chunks, rows, parts, b * size, *y.shape[5:])
 
-    chunks = jax.lax.map(lambda chunk: jax.checkpoint(nats)(*chunk), (split(x), split(targets)))
-    chunks = jnp.moveaxis(chunks, 0, 2).reshape(B, parts, -1)
-    return chunks[:, :, :part].reshape(B, T), state
+    heads = jnp.broadcast_to(self._head(), (rows, parts, x.shape[-1], self.config.vocab_size))
+
+    @jax.checkpoint
+    def nats(heads, x, targets):
+      heads = layers.constrain(heads, *TOKENS, None, "tensor").astype(x.dtype)
+      logits = jnp.matmul(x, heads, preferred_element_type=jnp.float32)
+      return _nats(layers.constrain(logits, *TOKENS, None, "tensor"), targets)
+
+    found = jax.lax.map(lambda chunk: nats(heads, *chunk), (split(x), split(targets)))
+    found = found.reshape(chunks, rows, parts, b, size)
+    return jnp.transpose(found, (1, 3, 2, 0, 4)).reshape(B, parts, -1)[:, :, :part].reshape(B, T)
+
+
+def _nats(logits, targets):
+  """Cross-entropy of each target."""
+  chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
 def init(config: Config, key: Array) -> dict:
