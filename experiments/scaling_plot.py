@@ -111,8 +111,7 @@ def _label(grid, rows, kinds) -> None:
       else:
         axes.axhline(100, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set_ylim(bottom=0)
-  if fake:
-    said = f"fake devices on {rows[0]['cores']} cores; 100% is all tokens on one device"
-  else:
-    said = f"{rows[0]['device']}; 100% is P times the speed of one"
+  said = f"fake devices on {rows[0]['cores']} cores" if fake else rows[0]["device"]
+  if "weak" in kinds:
+    said += f"; 100% is {'all tokens on one device' if fake else 'P times the speed of one'}"
   grid[0, 0].figure.suptitle(said, x=0.01, ha="left", fontsize=9, color=INK)
