@@ -40,7 +40,13 @@ def train(config, workdir: str) -> None:
       keep_every_hours=config.checkpoint.keep_every_hours,
       best_metric=task.best_metric,
     )
-    stack.callback(checkpoints.close)
+
+    def close(kind, error, trace) -> None:
+      # Where one of several processes fails, the end of a save may wait for ever for the others.
+      if error is None or not processes.several():
+        checkpoints.close()
+
+    stack.push(close)
 
     stopped = stack.enter_context(stop_signals())
     if processes.several():
