@@ -236,7 +236,8 @@ class VisionModel(nn.Module):
 
 
 def _constrain(x):
-  return layers.constrain(x, ("data", "fsdp"), None, None, None)
+  # Images have no time: what would share it shares them.
+  return layers.constrain(x, ("data", "fsdp", "seq"), None, None, None)
 
 
 def init(config: Config, key: Array) -> dict:
