@@ -25,8 +25,9 @@ from tests.processes import (
   wait_until,
 )
 
+pytestmark = pytest.mark.slow  # each starts whole programs
 
-@pytest.mark.slow
+
 @pytest.mark.parametrize("mode", ["packed", "streaming"])
 def test_a_run_killed_three_times_is_the_run_never_killed(program, references, tmp_path, mode):
   reference = references(mode)
@@ -297,7 +298,6 @@ def pieces(scratch, texts):
   return prefix.with_suffix(".model")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   "variant", ["own texts, averaged weights", "sentencepiece, muon", "streamed hybrid"]
 )
@@ -352,7 +352,6 @@ def test_a_closed_pipe_ends_a_sample_quietly(program, references):
   assert process.stderr.read() == ""
 
 
-@pytest.mark.slow
 def test_generating_takes_no_more_memory_as_it_goes_on(program, references):
   # The likeliest token is never the end of a document here, so that the sample is as long as asked.
   fields = {**LONG, "sample__tokens": 6000, "sample__temperature": 0.0}

@@ -10,6 +10,8 @@ import pytest
 
 from tests.processes import LONG, SHORT, assert_same_run, logged_step
 
+pytestmark = pytest.mark.slow  # each starts whole programs
+
 # Arguments, and what the one line must say. RUN is the finished packed run, NEW a fresh directory.
 MISTAKES = {
   "unknown field": ("NEW", {"train__stepz": 3}, "did you mean config.train.steps"),
@@ -77,7 +79,6 @@ def mistakes(program, references, tmp_path_factory):
     return dict(pool.map(run, enumerate(cases)))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [*MISTAKES, *("mode: " + name for name in MISTAKEN_MODES)])
 def test_a_mistake_is_one_line(mistakes, name):
   workdir, outcome = mistakes[name]
@@ -90,7 +91,6 @@ def test_a_mistake_is_one_line(mistakes, name):
     assert not workdir.exists()
 
 
-@pytest.mark.slow
 def test_mistakes_lose_nothing(mistakes, references, program):
   workdir, _ = mistakes["another width"]
   original = references("packed")
@@ -133,7 +133,6 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(place)], check=True)
 
 
-@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
   program, references, small_disk
 ):
