@@ -2,7 +2,7 @@
 
 Each kind of block is trained on four meshes, among them one whose devices all share time and one
 that splits three ways, and each of the twenty meshes trains two kinds in one model. Every
-experiment on every mesh takes an hour of four quiet processors:
+experiment on every mesh is five hundred programs to compile, hours of a small machine:
 
     RECURRAX_EVERY_MESH=1 python -m pytest tests/experiments/test_factorisations.py
 
