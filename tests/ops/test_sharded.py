@@ -52,7 +52,7 @@ def truth_of(row, packed, reverse):
 def run_split(op, inputs, ids, mesh, method, **options):
   """`compare.run` where time is split."""
   segments = {} if ids is None else {"segment_ids": jnp.asarray(ids)}
-  with jax.set_mesh(mesh), sharded.exchange(method):
+  with jax.set_mesh(mesh), sharded.exchange(method, blocks=4):
     function = functools.partial(op)  # what is compiled is kept by function, not by mesh
     program = compiled(function, **options)
     return jax.tree.map(np.asarray, program(jax.tree.map(jnp.asarray, inputs), segments))
