@@ -8,6 +8,7 @@ import pytest
 from experiments import benchmark_timing as timing
 from experiments import scaling, scaling_measure, scaling_memory, scaling_report
 from experiments.scaling_cases import ATTENTION, OPS, SMALL, Problem
+from tests.quick_compilation import quick_compilation as quick_compilation
 
 ROW = {
   "op": "ssd",
@@ -174,7 +175,7 @@ def test_inputs_have_the_shapes_that_are_compiled_for(op):
 
 def test_a_split_step_takes_a_sixth_of_the_memory():
   T = 4096
-  row = scaling_memory.measure("mamba", T, 8)
+  row = scaling_memory.measure("paragru", T, 8)
   assert row["ratio"] <= 1 / 6
   split, unsplit = row["split_parts_bytes"], row["unsplit_parts_bytes"]
   assert split["parameters"] == unsplit["parameters"]
@@ -184,4 +185,4 @@ def test_a_split_step_takes_a_sixth_of_the_memory():
   sizes = [array.partition("[")[2].partition("]")[0].split(",") for array in arrays]
   assert sizes and not any(str(T) in size for size in sizes)
   line = scaling_memory.line(row)
-  assert line.split()[:3] == ["mamba", "4096", "8"] and len(line) == len(scaling_memory.HEAD)
+  assert line.split()[:3] == ["paragru", "4096", "8"] and len(line) == len(scaling_memory.HEAD)
