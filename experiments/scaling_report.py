@@ -34,10 +34,11 @@ def _line(row) -> str:
     return f"{name}  failed: {row['failure']}"
   ms = "" if row["ms"] is None else f"{row['ms']:.2f}"
   efficiency = "" if row["efficiency"] is None else f"{row['efficiency']:.0%}"
+  compile_s = "" if row["compile_s"] is None else f"{row['compile_s']:.1f}"
   memory = sum(row[part] for part in ("argument_bytes", "output_bytes", "temporary_bytes"))
   return (
     f"{name}{ms:>10}{efficiency:>12}{_kib(row['sent_bytes']):>11}{row['collectives']:>10}"
-    f"{memory / 2**20:>12,.1f}{row['compile_s']:>11.1f}"
+    f"{memory / 2**20:>12,.1f}{compile_s:>11}"
   )
 
 

@@ -126,6 +126,8 @@ def test_the_tables():
     *("strong", "all_scan", "8", "64", "2.50", "80%", "3.0", "20", "2.5", "1.2")
   ]
   assert len(line[1]) == len(scaling_report.HEAD)
+  untimed = scaling_report.table([{**ROW, "ms": None, "efficiency": None, "compile_s": None}])
+  assert untimed.split()[-5:] == ["8", "64", "3.0", "20", "2.5"]
   other = {**ROW, "op": ATTENTION, "method": "ring", "state_bytes": 0, "sent_bytes": 2**21}
   fewer = {**ROW, "P": 2, "method": "doubling"}
   assert scaling_report.sent_table([ROW, other, fewer], 8).splitlines()[1:] == [
