@@ -10,6 +10,7 @@ A false promise would give wrong states and wrong gradients without an error, so
 tried, once per cell and shapes, on random numbers.
 """
 
+import concurrent.futures
 import functools
 import math
 from collections.abc import Callable
@@ -216,13 +217,28 @@ def check_step(cell: Cell, params: Any, state: Any, x: Any):
   row = lambda leaf: (leaf.shape, jnp.dtype(leaf.dtype))
   one = [row(leaf) for leaf in leaves[: treedef.children()[0].num_leaves]]
   one += [((1, *leaf.shape[1:]), leaf.dtype) for leaf in leaves[len(one) :]]
-  complaint = _complaint(cell, treedef, tuple(one))
+  complaint = _complaint(cell, treedef, tuple(one), bool(jax.config.jax_enable_x64))
   if complaint:
     raise ValueError(complaint)
 
 
 @functools.lru_cache(maxsize=512)
-def _complaint(cell, treedef, kinds) -> str | None:
+def _complaint(cell, treedef, kinds, wide: bool) -> str | None:
+  """What is false about the structure.
+
+  Computed in a thread of its own: the one at hand is tracing, for a mesh whose devices may not be
+  here.
+  """
+
+  def complain():
+    with jax.enable_x64(wide):
+      return _complaint_on_random_numbers(cell, treedef, kinds)
+
+  with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
+    return pool.submit(complain).result()
+
+
+def _complaint_on_random_numbers(cell, treedef, kinds) -> str | None:
   """What is false about the structure, on random numbers of these shapes."""
   rng = np.random.default_rng(0)
 
@@ -239,9 +255,8 @@ def _complaint(cell, treedef, kinds) -> str | None:
       for shape, dtype in kinds
     ]
     params, h, x = jax.tree.unflatten(treedef, drawn)
-    with jax.ensure_compile_time_eval():
-      if all(np.isfinite(change).all() for change in _changes(cell, params, h, x)):
-        return false_structure(cell, params, h, x)
+    if all(np.isfinite(change).all() for change in _changes(cell, params, h, x)):
+      return false_structure(cell, params, h, x)
   return None
 
 
