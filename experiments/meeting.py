@@ -10,10 +10,14 @@ import contextlib
 import json
 import re
 import socket
+import sys
+import threading
 import time
 from collections.abc import Mapping
 
 from experiments.errors import UserError
+
+PATIENCE = 10.0  # seconds of waiting before it is said that this waits
 
 
 def read_flags(flags: Mapping[str, str]) -> tuple[str, int, int]:
@@ -57,10 +61,17 @@ def meet(address: str, count: int, index: int, timeout: float) -> None:
   """
   host, port = address.rsplit(":", 1)
   deadline = time.monotonic() + timeout
-  if index == 0:
-    _receive(address, int(port), count, timeout, deadline)
-  else:
-    _attend(address, host.strip("[]"), int(port), (count, index), timeout, deadline)
+  said = f"process {index} waits for the other {count - 1} at {address}, {timeout:g} s at most"
+  patience = threading.Timer(PATIENCE, print, [said], {"file": sys.stderr, "flush": True})
+  patience.daemon = True
+  patience.start()
+  try:
+    if index == 0:
+      _receive(address, int(port), count, timeout, deadline)
+    else:
+      _attend(address, host.strip("[]"), int(port), (count, index), timeout, deadline)
+  finally:
+    patience.cancel()
 
 
 def _receive(address: str, port: int, count: int, timeout: float, deadline: float) -> None:

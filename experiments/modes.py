@@ -1,6 +1,7 @@
 """What each --mode does with a config and a run's directory."""
 
 import io
+import json
 import pathlib
 import sys
 
@@ -31,7 +32,27 @@ def run(invocation: configuration.Invocation) -> None:
     UserError: in one line, what the person at the keyboard can mend.
   """
   limits.check(invocation.config)
+  if invocation.mode in configuration.JOINT_MODES and processes.several():
+    _check_alike(invocation)
   MODES[invocation.mode](invocation.config, invocation.workdir, **invocation.options)
+
+
+def _check_alike(invocation: configuration.Invocation) -> None:
+  """Raises UserError where processes were started with different configs: each would compute its
+  own part of another step."""
+  mine = {f"config.{name}": repr(x) for name, x in configuration.fields_of(invocation.config)}
+  mine |= {"--mode": invocation.mode, "the version of JAX": jax.__version__}
+  said = processes.what_each_says(json.dumps(mine))
+  first = json.loads(said["0"])
+  for number in sorted(map(int, said)):
+    theirs = json.loads(said[str(number)])
+    names = [name for name in {**first, **theirs} if first.get(name) != theirs.get(name)]
+    if names:
+      other = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+      raise UserError(
+        f"{names[0]} is {first.get(names[0])} for process 0, {theirs.get(names[0])} for process"
+        f" {number}{other}: start all processes with the same command line"
+      )
 
 
 def _eval(config, workdir: str) -> None:

@@ -134,7 +134,7 @@ def is_first() -> bool:
 
 def all_agree(mine: bool) -> bool:
   """Whether it is so for every process; all must ask."""
-  return mine if not several() else set(_said(repr(mine)).values()) == {"True"}
+  return mine if not several() else set(what_each_says(repr(mine)).values()) == {"True"}
 
 
 def any_says(mine: bool) -> bool:
@@ -144,7 +144,20 @@ def any_says(mine: bool) -> bool:
 
 def that_of_first(number: float) -> float:
   """The number that the first process has; all must ask."""
-  return number if not several() else float(_said(repr(number))["0"])
+  return number if not several() else float(what_each_says(repr(number))["0"])
+
+
+def what_each_says(words: str) -> dict[str, str]:
+  """What each process says, by its number; all must say something.
+
+  Told on the host: devices would have to compile for it.
+  """
+  client = distributed.global_state.client
+  client.key_value_set(f"{_WORDS}/{distributed.global_state.process_id}", words, True)
+  _wait_for_all("said")
+  said = {name.rsplit("/", 1)[1]: value for name, value in client.key_value_dir_get(_WORDS)}
+  _wait_for_all("heard")
+  return said
 
 
 @contextlib.contextmanager
@@ -212,16 +225,6 @@ def lined_up(function: Callable) -> Callable:
     return compiled[key](*arguments)
 
   return call
-
-
-def _said(words: str) -> dict[str, str]:
-  """What each process says, by its number. On the host: devices would have to compile for it."""
-  client = distributed.global_state.client
-  client.key_value_set(f"{_WORDS}/{distributed.global_state.process_id}", words, True)
-  _wait_for_all("said")
-  said = {name.rsplit("/", 1)[1]: value for name, value in client.key_value_dir_get(_WORDS)}
-  _wait_for_all("heard")
-  return said
 
 
 def _wait_for_all(where: str) -> None:

@@ -7,7 +7,8 @@ sequence-parallel form.
 The form is traced inside `jax.shard_map` over every axis of the mesh: rows over data and fsdp,
 time over seq, heads or channels over tensor, each where the devices divide it. There the axes are
 Manual, and the very same op, called on a shard, runs as on one device. `ops.sharded` holds the
-forms.
+forms. They are for use under `jax.jit`: called by itself an op is traced anew each time. They have
+no forward-mode derivatives.
 """
 
 import contextlib
@@ -34,7 +35,8 @@ _exchange: contextvars.ContextVar[tuple[str, int | None]] = contextvars.ContextV
 
 @contextlib.contextmanager
 def exchange(method: str, blocks: int | None = None):
-  """Within it, states move between devices by `method`.
+  """Within it, states move between devices by `method`: in what is traced within it, for a jitted
+  function that has been traced before is not traced again.
 
   Args:
     method: "all_gather", "all_scan", "doubling", or "auto": the first for up to 8 devices along

@@ -1,11 +1,12 @@
 """Processes that find each other, or are told in one line why they do not."""
 
 import concurrent.futures
+import json
 import socket
 
 import pytest
 
-from experiments import meeting, processes
+from experiments import configuration, meeting, modes, processes
 from experiments.errors import UserError
 from tests.processes import free_port
 
@@ -60,3 +61,27 @@ def test_an_occupied_port_is_told():
     port = server.getsockname()[1]
     with pytest.raises(UserError, match=f"--coordinator=localhost:{port} cannot be opened"):
       meeting.meet(f"localhost:{port}", 2, 0, 1)
+
+
+def test_waiting_is_told(monkeypatch, capsys):
+  monkeypatch.setattr(meeting, "PATIENCE", 0.05)
+  meet((2, 0), timeout=0.5)
+  assert "process 0 waits for the other 1 at localhost:" in capsys.readouterr().err
+
+
+def test_processes_with_other_configs_are_refused(monkeypatch):
+  def started_with(*flags):
+    return configuration.parse(["run.py", "--config=configs/quickstart.py:tiny", *flags])
+
+  def check(invocation, change):
+    def what_each_says(words):
+      theirs = json.loads(words)
+      return {"0": json.dumps({**theirs, **change}), "1": words}
+
+    monkeypatch.setattr(processes, "what_each_says", what_each_says)
+    modes._check_alike(invocation)
+
+  check(started_with(), {})
+  message = r"config.data.T is 32 for process 0, 64 for process 1: start all processes with the"
+  with pytest.raises(UserError, match=message):
+    check(started_with("--config.data.T=64"), {"config.data.T": "32"})
