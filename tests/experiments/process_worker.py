@@ -144,6 +144,7 @@ def check_workdirs(directory: pathlib.Path, process: int):
     assert "is not the same directory for all processes" in str(error)
   else:
     raise AssertionError("directories apart were taken for shared")
+  processes.all_agree(True)  # the first process has removed its mark
   assert not list(directory.glob("**/.shared*"))
 
 

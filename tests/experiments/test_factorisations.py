@@ -74,6 +74,9 @@ def make(name, pattern, mesh=(1, 1, 1, 1)):
     config.model.pattern, config.model.L = pattern, len(pattern)
   if not EVERY:
     make_quick(config)
+  if name == "plstm_arrow":
+    # Where a gradient is nearly zero, Adam's step has the size of others and the sign of rounding.
+    config.optim.epsilon = 1e-3
   for axis, size in zip(sharding.AXES, mesh):
     config.mesh[axis] = size
   return Run(config)
@@ -109,6 +112,7 @@ def test_every_kind_of_block_and_every_mesh_is_tried():
         assert len({mesh for tried_kind, mesh in tried if tried_kind == kind}) >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, pattern, mesh", selection())
 def test_losses_are_those_of_one_device(name, pattern, mesh, capfd, record_property):
   before, expected = single(name, pattern)

@@ -97,6 +97,7 @@ def reference(scratch):
   return losses(scratch / "one-process")
 
 
+@pytest.mark.slow
 def test_killed_as_two_resumed_as_one_and_as_four(scratch, reference, tmp_path):
   group = start(scratch, tmp_path, 2)
   wait_until(group[0], lambda: logged_step(tmp_path) >= 10)
@@ -163,7 +164,8 @@ def test_two_processes_in_one_program(tmp_path):
   first, second = end_all(group)
   assert (first.status, second.status) == (0, 0), (first, second)
   assert "all is well\n" in first.out and "all is well\n" in second.out
-  assert "checkpoint 3" in first.err and "is damaged" in first.err and second.err == ""
+  assert "checkpoint 3" in first.err and "is damaged" in first.err
+  assert "damaged" not in second.err
 
 
 def test_one_process_is_nothing_to_set_up(monkeypatch):
