@@ -100,7 +100,9 @@ def reference(scratch):
 @pytest.mark.slow
 def test_killed_as_two_resumed_as_one_and_as_four(scratch, reference, tmp_path):
   group = start(scratch, tmp_path, 2)
-  wait_until(group[0], lambda: logged_step(tmp_path) >= 10)
+  # A checkpoint has its name, a number, when all of it is there.
+  saved = lambda: any(path.name.isdecimal() for path in (tmp_path / "checkpoints").glob("*"))
+  wait_until(group[0], lambda: logged_step(tmp_path) >= 10 and saved())
   for process in group:
     kill(process)
   killed = logged_step(tmp_path)
