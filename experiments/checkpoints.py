@@ -38,6 +38,18 @@ logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathnam
 logging.getLogger("asyncio").addFilter(
   lambda record: not re.search("orbax|tensorstore|OCDBT", record.getMessage())
 )
+_unraisable = sys.unraisablehook
+
+
+def _without_orbax(unraisable):
+  """What Python prints of exceptions that nobody waits for, but for reads that orbax left behind
+  when another had failed: they are found as garbage, whenever that is collected."""
+  code = getattr(unraisable.object, "cr_code", None)
+  if code is None or "orbax" not in code.co_filename:
+    _unraisable(unraisable)
+
+
+sys.unraisablehook = _without_orbax
 
 # What orbax, tensorstore and JSON raise for files that are missing, cut short or scrambled. A
 # device out of memory (JaxRuntimeError) is not among them: it says nothing about the checkpoint.

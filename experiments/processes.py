@@ -61,7 +61,8 @@ def together(flags: Mapping[str, str]) -> Iterator[None]:
     yield
     return
   ending = threading.Lock()  # whoever holds it decides how this process ends
-  threading.Thread(target=_watch, args=(ending,), daemon=True).start()
+  watch = threading.Thread(target=_watch, args=(ending,), daemon=True)
+  watch.start()
   try:
     try:
       yield
@@ -80,6 +81,8 @@ def together(flags: Mapping[str, str]) -> Iterator[None]:
     atexit.register(os._exit, 1)
     raise
   jax.distributed.shutdown()
+  # It wakes now; a thread that came back from JAX to a Python that has ended would abort it.
+  watch.join()
 
 
 def initialise(flags: Mapping[str, str], timeout: float = MEETING_SECONDS) -> None:

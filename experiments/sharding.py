@@ -99,6 +99,7 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
   if len({len(group) for group in groups.values()}) > 1:
     counts = ", ".join(str(len(group)) for group in groups.values())
     raise UserError(f"{said}, {counts} of each slice or host: it must take as many of each")
+  # JAX raises any of these where a topology has no room for a shape of the mesh.
   try:
     grid = _lay_out(shape, [groups[key] for key in sorted(groups)])
   except (AssertionError, NotImplementedError, ValueError) as error:

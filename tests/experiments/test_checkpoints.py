@@ -422,7 +422,8 @@ def test_twenty_saves_do_not_grow(tmp_path):
   out, err = run(GROWING, tmp_path).communicate(timeout=120)
   sizes = [float(line) for line in out.split()]
   assert len(sizes) == 25, err
-  assert sizes[-1] < 1.05 * sizes[4], sizes
+  # An eighth of the state for each save: allocators keep a state or two, in some runs.
+  assert min(sizes[-5:]) - sizes[4] < 20 * 20 / 1024 / 8, sizes
 
 
 FULL = """

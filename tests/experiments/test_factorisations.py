@@ -74,9 +74,6 @@ def make(name, pattern, mesh=(1, 1, 1, 1)):
     config.model.pattern, config.model.L = pattern, len(pattern)
   if not EVERY:
     make_quick(config)
-  if name == "plstm_arrow":
-    # Where a gradient is nearly zero, Adam's step has the size of others and the sign of rounding.
-    config.optim.epsilon = 1e-3
   for axis, size in zip(sharding.AXES, mesh):
     config.mesh[axis] = size
   return Run(config)

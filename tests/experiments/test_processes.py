@@ -135,7 +135,20 @@ def test_a_signal_to_one_stops_all_at_the_same_step(scratch, reference, tmp_path
   assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_what_one_finds_wrong_ends_all_with_a_line(scratch, tmp_path):
+def test_the_failure_of_one_ends_all_with_a_line(scratch, tmp_path):
+  program, port = Program(scratch, devices=2), free_port()
+  flags = [f"--coordinator=localhost:{port}", "--processes=2"]
+  group = [
+    program.start(f"--workdir={workdir}", *flags, f"--process={n}", **FIELDS)
+    for n, workdir in enumerate((tmp_path, "/proc/nowhere"))
+  ]
+  first, second = end_all(group)
+  problem = "--workdir /proc/nowhere cannot be made: No such file or directory"
+  assert (first.status, first.err) == (1, f"error: process 1 has failed: {problem}\n")
+  assert (second.status, second.err) == (2, f"error: {problem}\n")
+
+
+def test_processes_that_were_started_apart_end_with_a_line(scratch, tmp_path):
   problem = "model.vocab_size is 264 for process 0, 100 for process 1: start all processes with"
   for ended in end_all(start(scratch, tmp_path, 2, others={"model__vocab_size": 100})):
     # Whoever is first says it for itself, and to the other.
@@ -165,8 +178,7 @@ def test_two_processes_in_one_program(tmp_path):
   first, second = end_all(group)
   assert (first.status, second.status) == (0, 0), (first, second)
   assert "all is well\n" in first.out and "all is well\n" in second.out
-  assert "checkpoint 3" in first.err and "is damaged" in first.err
-  assert "damaged" not in second.err
+  assert "checkpoint 3" in first.err and "is damaged" in first.err and second.err == ""
 
 
 def test_one_process_is_nothing_to_set_up(monkeypatch):

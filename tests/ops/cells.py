@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ops import Cell
+from ops import Cell, newton_scan
 
 D = 3  # channels
 
@@ -78,3 +78,33 @@ def draw(structure, B, T, seed=0, limit=0.5):
     return {"a": small(3, D), "w": small(2, D)}, u, state
   x = {"u": u[:, :, 0], "token": rng.integers(0, 5, size=(B, T)).astype(np.int32)}
   return {"W": small(D, D), "table": small(5, D)}, x, state
+
+
+def chaos(T, policy, implementation="parallel"):
+  """The gradient of the rate, and the results, of a map for which no iterates settle."""
+  x = np.zeros((2, T, D), np.float32)
+  state = np.linspace(0.1, 0.6, 2 * D, dtype=np.float32).reshape(2, D)
+
+  def run(rate, x, state):
+    cell = Cell(logistic, "diagonal", box=1.0)
+    options = dict(policy=policy, report=True, implementation=implementation)
+    h, final_state, report = newton_scan(cell, rate, x, initial_state=state, **options)
+    return h.sum() * 0 + h[:, :3].sum(), (h, final_state, report)
+
+  # A number of Python's own as parameters.
+  gradient, results = jax.jit(jax.grad(run, has_aux=True))(1.9, x, state)
+  return gradient, *results
+
+
+def spoilt(where, lengths):
+  """x, a state and documents of these lengths, with one NaN: in the "input", in the second
+  document, or in the "initial state"."""
+  T = sum(lengths)
+  x = np.random.default_rng(0).normal(size=(2, T, 3)).astype(np.float32)
+  state = np.zeros((2, 3), np.float32)
+  if where == "input":
+    x[0, 12, 1] = np.nan
+  else:
+    state[0, 2] = np.nan
+  ids = np.repeat(np.arange(len(lengths)), lengths)[None].repeat(2, 0).astype(np.int32)
+  return jax.tree.map(jnp.asarray, (x, state, ids))

@@ -194,24 +194,10 @@ def test_a_flip_flop_needs_its_box():
   np.testing.assert_allclose(h, oracle(cells.TOGGLE, a, x, state)[0], atol=1e-5)
 
 
-def chaos(policy, implementation="parallel"):
-  x = np.zeros((2, 200, D), np.float32)
-  state = np.linspace(0.1, 0.6, 2 * D, dtype=np.float32).reshape(2, D)
-
-  def run(rate, x, state):
-    cell = ops.Cell(cells.logistic, "diagonal", box=1.0)
-    options = dict(policy=policy, report=True, implementation=implementation)
-    h, final_state, report = ops.newton_scan(cell, rate, x, initial_state=state, **options)
-    return h.sum() * 0 + h[:, :3].sum(), (h, final_state, report)
-
-  gradient, results = jax.jit(jax.grad(run, has_aux=True))(np.float32(1.9), x, state)
-  return gradient, *results
-
-
 def test_a_chaotic_cell_falls_back_bit_for_bit_and_says_so():
-  gradient, h, final_state, report = chaos("fallback")
+  gradient, h, final_state, report = cells.chaos(200, "fallback")
   assert report.fell_back and report.residual > 1e-3
-  exact_gradient, expected, exact_state, loop_report = chaos("ignore", "recurrent")
+  exact_gradient, expected, exact_state, loop_report = cells.chaos(200, "ignore", "recurrent")
   assert not loop_report.fell_back
   np.testing.assert_array_equal(h, expected)
   np.testing.assert_array_equal(final_state, exact_state)
@@ -219,13 +205,13 @@ def test_a_chaotic_cell_falls_back_bit_for_bit_and_says_so():
 
 
 def test_other_policies(capfd):
-  _, ignored, _, report = chaos("ignore")
+  _, ignored, _, report = cells.chaos(200, "ignore")
   assert np.isfinite(ignored).all() and not report.fell_back
   assert "residual" not in capfd.readouterr().out
-  chaos("warn")
+  cells.chaos(200, "warn")
   jax.effects_barrier()
   assert capfd.readouterr().out.count("newton_scan: residual 1.") == 1
-  gradient, h, final_state, _ = chaos("nan")
+  gradient, h, final_state, _ = cells.chaos(200, "nan")
   assert np.isnan(h).all() and np.isnan(final_state).all() and np.isnan(gradient)
 
 
@@ -323,14 +309,7 @@ def test_mistakes_are_named(options, message):
 @pytest.mark.parametrize("where", ["input", "initial state"])
 def test_nan_goes_as_far_as_in_the_loop_and_no_further(box, where):
   cell = ops.Cell(lambda a, h, x: jnp.tanh(a * h + x), "diagonal", box)
-  rng = np.random.default_rng(0)
-  x, state = rng.normal(size=(2, 30, 3)).astype(np.float32), np.zeros((2, 3), np.float32)
-  if where == "input":
-    x[0, 12, 1] = np.nan
-  else:
-    state[0, 2] = np.nan
-  ids = np.repeat([0, 1, 2], [10, 10, 10])[None].repeat(2, 0).astype(np.int32)
-  x, state, ids = map(jnp.asarray, (x, state, ids))
+  x, state, ids = cells.spoilt(where, [10, 10, 10])
   scan = lambda **options: ops.newton_scan(
     cell, jnp.float32(0.5), x, initial_state=state, segment_ids=ids, **options
   )

@@ -15,10 +15,10 @@ from ops import reference, sharded
 from tests.ops import cells
 from tests.ops.cells import CELLS, D, draw, narrow
 from tests.ops.compare import objective
-from tests.ops.test_sharded import make_mesh
+from tests.ops.test_sharded import T, documents, make_mesh
 from tests.quick_compilation import quick_compilation as quick_compilation
 
-B, T, P = 4, 32, 8
+B, P = 4, 8
 TRIED = {**CELLS, "toggle": cells.TOGGLE}
 # Far from the solution: cut off by the box, and each step too short.
 HARD = dict(iterations=3, damping=0.1, relaxation=0.9)
@@ -29,17 +29,6 @@ RUNS = {
   "quasi": dict(**PARALLEL, **HARD, method="quasi"),
   "jacobi": dict(**PARALLEL, iterations=4, method="jacobi"),
 }
-
-
-def documents():
-  """Documents that end at a border of eight parts, beside it and far from it; parts of padding."""
-  ids = np.zeros((B, T), np.int32)
-  ids[0] = np.repeat([7, 1, 1, 2, 0, 2], [4, 5, 1, 2, 17, 3])
-  ids[1, 3:19] = -1
-  ids[2] = np.where(np.arange(T) < 9, -5, 6)
-  ids[2, 20:] = np.where(np.arange(12) % 5 < 3, 6, -2)
-  ids[3] = -1
-  return ids
 
 
 def draw_all():
@@ -120,33 +109,18 @@ def test_rounding_at_a_border_does_not_stay():
   np.testing.assert_allclose(h, reference.nonlinear_scan(cell.step, a, x, state)[0], atol=1e-5)
 
 
-def chaos(policy, implementation="parallel"):
-  x = np.zeros((2, 80, D), np.float32)
-  state = np.linspace(0.1, 0.6, 2 * D, dtype=np.float32).reshape(2, D)
-
-  def run(rate, x, state):
-    cell = ops.Cell(cells.logistic, "diagonal", box=1.0)
-    options = dict(policy=policy, report=True, implementation=implementation)
-    h, final_state, report = ops.newton_scan(cell, rate, x, initial_state=state, **options)
-    return h.sum() * 0 + h[:, :3].sum(), (h, final_state, report)
-
-  # A number of Python's own as parameters.
-  gradient, results = jax.jit(jax.grad(run, has_aux=True))(1.9, x, state)
-  return gradient, *results
-
-
 def test_policies(capfd):
-  exact_gradient, expected, exact_state, _ = chaos("ignore", "recurrent")
+  exact_gradient, expected, exact_state, _ = cells.chaos(80, "ignore", "recurrent")
   with jax.set_mesh(make_mesh(data=2, seq=4)):
-    gradient, h, final_state, report = chaos("fallback")
+    gradient, h, final_state, report = cells.chaos(80, "fallback")
     assert report.fell_back and report.residual > 1e-3
     np.testing.assert_array_equal(h, expected)
     np.testing.assert_array_equal(final_state, exact_state)
     np.testing.assert_allclose(gradient, exact_gradient, rtol=1e-5)
-    chaos("warn")
+    cells.chaos(80, "warn")
     jax.effects_barrier()
     assert capfd.readouterr().out.count("newton_scan: residual 1.") == 1
-    gradient, h, final_state, _ = chaos("nan")
+    gradient, h, final_state, _ = cells.chaos(80, "nan")
     assert np.isnan(h).all() and np.isnan(final_state).all() and np.isnan(gradient)
 
 
@@ -168,14 +142,7 @@ def test_a_tolerance_stops_all_devices_at_once():
 def test_nan_goes_as_far_as_in_the_loop_and_no_further(where):
   """Over borders, to the end of its document."""
   cell = ops.Cell(lambda a, h, x: jnp.tanh(a * h + x), "diagonal", 1.0)
-  rng = np.random.default_rng(0)
-  x, state = rng.normal(size=(2, 32, 3)).astype(np.float32), np.zeros((2, 3), np.float32)
-  if where == "input":
-    x[0, 12, 1] = np.nan
-  else:
-    state[0, 2] = np.nan
-  ids = np.repeat([0, 1, 2], [10, 11, 11])[None].repeat(2, 0).astype(np.int32)
-  x, state, ids = map(jnp.asarray, (x, state, ids))
+  x, state, ids = cells.spoilt(where, [10, 11, 11])
   scan = lambda **options: ops.newton_scan(
     cell, jnp.float32(0.5), x, initial_state=state, segment_ids=ids, **options
   )
