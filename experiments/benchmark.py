@@ -15,8 +15,9 @@ large copy, measured in the same run, or the exponentials or products, if they t
 device whose rates are known (`experiments.floors`); what fits into caches can be faster. GB/s
 counts the same bytes, TFLOP/s the operations of the form in chunks. `error` is the largest
 deviation from the float64 oracle, of outputs and gradients, in multiples of their root mean square,
-at fewer rows and tokens where the oracle would take too long. What would not fit into the device's
-memory is left out, and said; what fails is reported, the others go on, and the exit status is 1.
+in a window of tokens, rows and heads where the oracle would take too long for all. What would not
+fit into the device's memory is left out, and said; what fails is reported, the others go on, and
+the exit status is 1.
 
 --peers adds rows of flash-linear-attention (needs torch with CUDA) and of causal softmax attention
 (jax's, and torch's if it is installed) at the same shapes.
@@ -29,7 +30,13 @@ from collections.abc import Iterator, Sequence
 
 from experiments import benchmark_report as report
 from experiments import benchmark_training, plots
-from experiments.benchmark_cases import CASES, PRESETS, Workload, make_workload
+from experiments.benchmark_cases import (
+  CASES,
+  PRESETS,
+  Workload,
+  make_workload,
+  preset_implementations,
+)
 from experiments.benchmark_measure import benchmark_op
 from experiments.benchmark_peers import Peers
 from experiments.errors import UserError, check_writable
@@ -79,7 +86,12 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--training", action="store_true", help="train small models here and in transformers instead"
   )
-  parser.add_argument("--json", type=pathlib.Path, help="also write the rows here")
+  parser.add_argument(
+    "--seconds", type=float, default=2.0, help="of calls for each pass of an op; 2 unless given"
+  )
+  parser.add_argument(
+    "--json", type=pathlib.Path, help="also write the rows here, over those of the same programs"
+  )
   parser.add_argument("--plot", type=pathlib.Path, help="also draw the roofline, a png")
   return parser
 
@@ -87,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 def _measure(arguments) -> list[dict]:
   """Measures, and prints each pass of each workload as soon as it is done."""
   rows, passes = [], arguments.passes or PASSES
+  earlier = report.read_rows(arguments.json) if arguments.json else []
   workloads = list(_workloads(arguments))
   peers = Peers() if arguments.peers else None
 
@@ -94,16 +107,18 @@ def _measure(arguments) -> list[dict]:
     rows.extend(measured)
     # As it goes: a long table may be interrupted.
     if arguments.json:
-      report.write_rows(rows, arguments.json)
+      report.write_rows(report.merged(earlier, rows), arguments.json)
     print(*report.lines(measured), sep="\n", flush=True)
 
   print(report.HEAD)
   for workload in workloads:
     for pass_, measured in benchmark_op(
       workload,
-      implementations=arguments.implementation or IMPLEMENTATIONS,
+      implementations=arguments.implementation
+      or preset_implementations(arguments.preset, workload.op),
       passes=passes,
       check=not arguments.no_check,
+      seconds=arguments.seconds,
     ):
       show(measured + (peers.op_rows(workload, pass_) if peers else []))
     if peers:

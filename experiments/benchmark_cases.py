@@ -1,6 +1,7 @@
 """The ops as the benchmark knows them: shapes, inputs, oracles; and which of them a model calls."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable
 
@@ -12,6 +13,8 @@ import ops
 from experiments.errors import UserError
 from ops import dispatch, reference
 
+DRAWN = 2**22  # random numbers in an array; a longer one repeats them, for drawing takes seconds
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -21,6 +24,8 @@ class Case:
   oracle: Callable  # of the same arguments, in float64
   shape: dict[str, int]  # the default
   inputs: Callable[..., dict[str, np.ndarray]]  # float32 arrays by name, from sizes by letter
+  axes: dict[str, str]  # letters of each input's axes
+  written: str  # the input without which the state stays zero; the output has its axes
   gates: tuple[str, ...] = ()  # inputs in the dtype of the gates; the others are in the op's
 
 
@@ -38,16 +43,17 @@ class Workload:
     """Sizes by letter."""
     return dict(self.shape)
 
-  def inputs(self, **smaller: int) -> dict[str, jax.Array]:
-    """The op's arguments by name, on the device, where some letters may be smaller."""
+  def inputs(self) -> dict[str, jax.Array]:
+    """The op's arguments by name, on the device."""
     case = CASES[self.op]
-    arrays = case.inputs(**{**self.sizes, **smaller})
+    arrays = case.inputs(**self.sizes)
     dtypes = {name: self.gate_dtype if name in case.gates else self.dtype for name in arrays}
     return {name: jnp.asarray(x, dtypes[name]) for name, x in arrays.items()}
 
 
 def _normal(seed: int, *shape: int) -> np.ndarray:
-  return np.random.default_rng(seed).standard_normal(shape, np.float32)
+  drawn = min(math.prod(shape), DRAWN)
+  return np.resize(np.random.default_rng(seed).standard_normal(drawn, np.float32), shape)
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
@@ -56,24 +62,6 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 def _unit(x: np.ndarray) -> np.ndarray:
   return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def _matrix_state(*names: str):
-  """Makes q, k, v and the gates named: "scalar" or "vector" decays as g, and beta."""
-
-  def inputs(B, T, H, G, K, V):
-    q, k, v = _normal(0, B, T, G, K), _normal(1, B, T, G, K), _normal(2, B, T, H, V)
-    arrays = {"q": q, "k": k, "v": v}
-    if "beta" in names:
-      # The rule expands where beta |k|^2 > 2.
-      arrays |= {"q": _unit(q), "k": _unit(k), "beta": _sigmoid(_normal(3, B, T, H))}
-    if "scalar" in names:
-      arrays["g"] = np.log(_sigmoid(_normal(4, B, T, H))) / 16
-    if "vector" in names:
-      arrays["g"] = np.log(_sigmoid(_normal(4, B, T, H, K))) / 16
-    return arrays
-
-  return inputs
 
 
 def _oracle(q, k, v, g=None, beta=None):
@@ -86,12 +74,38 @@ def _retention_oracle(q, k, v):
 
 
 MATRIX = {"B": 2, "T": 2048, "H": 4, "G": 4, "K": 64, "V": 64}
+
+
+def _matrix_case(op: Callable, oracle: Callable = _oracle, g: str = "", beta: bool = False) -> Case:
+  """Of q, k, v; decays per head ("scalar") or per channel ("vector"); steps of the delta rule."""
+  axes = {"q": "BTGK", "k": "BTGK", "v": "BTHV"}
+  if g:
+    axes["g"] = "BTH" if g == "scalar" else "BTHK"
+  if beta:
+    axes["beta"] = "BTH"
+
+  def inputs(B, T, H, G, K, V):
+    arrays = {"q": _normal(0, B, T, G, K), "k": _normal(1, B, T, G, K), "v": _normal(2, B, T, H, V)}
+    if beta:
+      # The rule expands where beta |k|^2 > 2.
+      arrays = {**arrays, "q": _unit(arrays["q"]), "k": _unit(arrays["k"])}
+      arrays["beta"] = _sigmoid(_normal(3, B, T, H))
+    if g:
+      shape = (B, T, H) if g == "scalar" else (B, T, H, K)
+      arrays["g"] = np.log(_sigmoid(_normal(4, *shape))) / 16
+    return arrays
+
+  return Case(op, oracle, MATRIX, inputs, axes, "v", tuple(axes)[3:])
+
+
 CASES = {
   "linear_scan": Case(
     ops.linear_scan,
     reference.linear_scan,
     {"B": 4, "T": 2048, "D": 512},
     lambda B, T, D: {"a": _sigmoid(2 + _normal(0, B, T, D)), "b": _normal(1, B, T, D)},
+    {"a": "BTD", "b": "BTD"},
+    "b",
   ),
   "selective_scan": Case(
     ops.selective_scan,
@@ -105,15 +119,19 @@ CASES = {
       "C": _normal(3, B, T, N),
       "D": np.ones(D),
     },
-    gates=("dt", "A", "D"),
+    {"x": "BTD", "dt": "BTD", "A": "DN", "B": "BTN", "C": "BTN", "D": "D"},
+    "x",
+    ("dt", "A", "D"),
   ),
   "causal_conv": Case(
     ops.causal_conv,
     reference.causal_conv,
     {"B": 4, "T": 2048, "D": 512, "W": 4},
     lambda B, T, D, W: {"x": _normal(0, B, T, D), "weight": _normal(1, W, D)},
+    {"x": "BTD", "weight": "WD"},
+    "x",
   ),
-  "linear_attention": Case(ops.linear_attention, _oracle, MATRIX, _matrix_state()),
+  "linear_attention": _matrix_case(ops.linear_attention),
   "ssd": Case(
     ops.ssd,
     reference.ssd,
@@ -125,15 +143,15 @@ CASES = {
       "B": _normal(1, B, T, G, K),
       "C": _normal(0, B, T, G, K),
     },
-    gates=("dt", "A"),
+    {"x": "BTHV", "dt": "BTH", "A": "H", "B": "BTGK", "C": "BTGK"},
+    "x",
+    ("dt", "A"),
   ),
-  "gla": Case(ops.gla, _oracle, MATRIX, _matrix_state("vector"), ("g",)),
-  "delta_rule": Case(ops.delta_rule, _oracle, MATRIX, _matrix_state("beta"), ("beta",)),
-  "gated_delta_rule": Case(
-    ops.gated_delta_rule, _oracle, MATRIX, _matrix_state("scalar", "beta"), ("g", "beta")
-  ),
-  "kda": Case(ops.kda, _oracle, MATRIX, _matrix_state("vector", "beta"), ("g", "beta")),
-  "retention": Case(ops.retention, _retention_oracle, MATRIX, _matrix_state()),
+  "gla": _matrix_case(ops.gla, g="vector"),
+  "delta_rule": _matrix_case(ops.delta_rule, beta=True),
+  "gated_delta_rule": _matrix_case(ops.gated_delta_rule, g="scalar", beta=True),
+  "kda": _matrix_case(ops.kda, g="vector", beta=True),
+  "retention": _matrix_case(ops.retention, _retention_oracle),
 }
 
 KNOWN = ("linear_attention", *CASES)  # what a traced call may name
@@ -157,6 +175,14 @@ PRESETS = {
   ],
   "cpu": [_workload(op, _CPU) for op in _MATRIX_OPS],
 }
+
+
+def preset_implementations(preset: str, op: str) -> tuple[str, ...]:
+  """Those that a preset times unless others are asked for."""
+  if preset != "hopper":
+    return dispatch.IMPLEMENTATIONS
+  # On a GPU T steps are T launches; and the scores of all pairs do not fit.
+  return ("parallel", "chunked", "pallas") if op == "linear_scan" else ("chunked", "pallas")
 
 
 def make_workload(op: str, text: str, dtype: str, gate_dtype: str = "float32") -> Workload:

@@ -1,6 +1,9 @@
 """Measures the implementations of one op at one shape."""
 
+import concurrent.futures
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 
@@ -40,15 +43,21 @@ def benchmark_op(
   runnable = [name for name in implementations if refusal(calls, name) is None]
   output = jax.eval_shape(op, **abstract(inputs))[0]
   arguments = inputs, oracle.make_cotangent(output)
+  checker = oracle.Checker(workload, arguments) if check and runnable else None
+  wanted = [(pass_, name) for pass_ in passes for name in runnable]
+  jobs = [functools.partial(_compile, op, *which, arguments) for which in wanted]
+  if checker is not None:
+    jobs.append(lambda: checker.truth)
+  compiled = dict(zip(wanted, _side_by_side(jobs)))
   for pass_ in passes:
     work = floors.least_work(workload.op, workload.sizes, inputs, output, pass_)
-    checker = oracle.Checker(workload, pass_, arguments) if check and runnable else None
     programs, rows = {}, []
     for name in runnable:
       row = dict(workload=workload, implementation=name, pass_=pass_, work=work)
-      function = oracle.make_pass(lambda i=name, **kw: op(**kw, implementation=i)[0], pass_)
       try:
-        program = timing.compile_program(function, *arguments)
+        program = compiled[pass_, name]
+        if isinstance(program, Exception):
+          raise program
         if program.needed_bytes > timing.device_memory():
           where = f"{workload.op} {report.shape_text(workload.sizes)} {pass_}"
           needed = f"{program.needed_bytes / 1e9:.1f} GB"
@@ -57,7 +66,7 @@ def benchmark_op(
         outputs = jax.block_until_ready(program.run(*arguments))
         row |= dict(compile_s=program.compile_s, peak_bytes=program.peak_bytes)
         if checker is not None:
-          row |= dict(error=checker.error(function, outputs), error_shape=checker.shape)
+          row |= dict(error=checker.error(program.run, outputs), error_shape=checker.shape)
         del outputs
         programs[name] = program.run
       except timing.FAILURES as failure:
@@ -71,3 +80,19 @@ def benchmark_op(
       for row in rows
     ]
     yield pass_, measured
+
+
+def _compile(op, pass_, name, arguments) -> timing.Program | Exception:
+  function = lambda **inputs: op(**inputs, implementation=name)[0]
+  try:
+    return timing.compile_program(oracle.make_pass(function, pass_), *arguments)
+  except timing.FAILURES as failure:
+    return failure
+
+
+def _side_by_side(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+  """What the jobs return; on a CPU, which shall run what was compiled, one after the other."""
+  if jax.default_backend() == "cpu":
+    return [job() for job in jobs]
+  with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+    return list(pool.map(lambda job: job(), jobs))

@@ -11,6 +11,7 @@ import jax
 
 from experiments import floors, workspace
 from experiments.benchmark_cases import Workload
+from experiments.errors import UserError
 
 LETTERS = "BTHGKVDNW"
 HEAD = (
@@ -133,5 +134,34 @@ def _line(row) -> str:
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
-  """One JSON list of the rows."""
-  path.write_text(json.dumps(list(rows), indent=1) + "\n")
+  """One JSON list of the rows, one in a line."""
+  path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+  """What `write_rows` wrote; nothing where there is no file.
+
+  Raises:
+    UserError: something else wrote it.
+  """
+  text = path.read_text() if path.exists() else ""
+  try:
+    rows = json.loads(text or "[]")
+  except ValueError:
+    rows = None
+  if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    raise UserError(f"{path} holds no rows of a benchmark: name another file")
+  return rows
+
+
+def merged(
+  earlier: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+  """`rows` in the places of those of `earlier` that measured the same; the others at the end."""
+  found = {_key(row): row for row in earlier}
+  return list((found | {_key(row): row for row in rows}).values())
+
+
+def _key(row) -> tuple:
+  names = ("op", "implementation", *LETTERS, "dtype", "gate_dtype", "pass", "device")
+  return tuple(row.get(name) for name in names)

@@ -1,6 +1,7 @@
 """The benchmark: what it measures, that it reports honestly, and that it survives failures."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -26,6 +27,7 @@ from tests.experiments import small
 from tests.quick_compilation import quick_compilation  # noqa: F401
 
 TINY = "B1,T5,H2,K4,V4"
+SIZES = {"B": 2, "T": 9, "H": 4, "G": 2, "K": 4, "V": 2, "D": 6, "N": 2, "W": 2}
 KEYS = {
   *("op", "implementation", "B", "T", "H", "K", "V", "dtype", "pass", "ms", "floor_ms"),
   *("gb_per_s", "tflop_per_s", "peak_bytes", "compile_s", "error", "device", "versions", "date"),
@@ -38,7 +40,9 @@ def hurry(monkeypatch):
   """Bandwidth from nowhere, and the fewest rounds."""
   monkeypatch.setattr(timing, "copy_bandwidth", lambda: 1e10)
   time_calls = timing.time_calls
-  monkeypatch.setattr(timing, "time_calls", lambda calls, **kw: time_calls(calls, seconds=0))
+  monkeypatch.setattr(
+    timing, "time_calls", lambda calls, **kw: time_calls(calls, **{**kw, "seconds": 0})
+  )
 
 
 def test_shapes():
@@ -57,11 +61,11 @@ def test_shapes():
 
 
 def test_inputs_are_in_the_dtypes_asked_for():
-  inputs = make_workload("kda", TINY, "bfloat16").inputs(T=3)
+  inputs = make_workload("kda", TINY, "bfloat16").inputs()
   assert {name: x.dtype.name for name, x in inputs.items()} == {
     **dict.fromkeys("qkv", "bfloat16"), **dict.fromkeys(("g", "beta"), "float32"),
   }  # fmt: skip
-  assert inputs["q"].shape == (1, 3, 2, 4)
+  assert inputs["q"].shape == (1, 5, 2, 4)
   np.testing.assert_allclose(jnp.linalg.norm(inputs["k"].astype("float32"), axis=-1), 1, atol=0.02)
   assert make_workload("gla", TINY, "bfloat16", "bfloat16").inputs()["g"].dtype == "bfloat16"
 
@@ -89,7 +93,7 @@ def test_a_command_from_end_to_end(tmp_path, capsys):
     assert row.keys() >= KEYS and row["failure"] is None
     assert [row[letter] for letter in "BTHKVD"] == [1, 5, 2, 4, 4, None]
     assert row["ms"] > 0 and row["compile_s"] > 0 and row["peak_bytes"] > 0
-    assert row["error"] < 1e-5 and row["error_shape"] == "B1 T5"
+    assert row["error"] < 1e-5 and row["error_shape"] == "B1 T5 H2"
     assert row["gb_per_s"] * row["ms"] == pytest.approx(row["floor_ms"] * 1e10 / 1e9)
     assert row["tflop_per_s"] / row["gb_per_s"] == pytest.approx(row["flop_per_byte"] / 1e3)
   printed = capsys.readouterr().out.splitlines()
@@ -152,17 +156,53 @@ def test_error_is_that_of_values_and_gradients(monkeypatch):
 
 
 def test_the_oracle_gets_what_it_can_bear():
-  assert oracle.checked_sizes(make_workload("gla", "", "float32").sizes) == {"B": 2, "T": 1024}
+  assert oracle.window(make_workload("gla", "T500", "float32").sizes) == {}
   big = {"B": 2, "T": 16384, "H": 16, "G": 16, "K": 128, "V": 128}
-  assert oracle.checked_sizes(big) == {"B": 1, "T": 256}
-  assert oracle.checked_sizes({"B": 4, "T": 100, "D": 8}) == {"B": 4, "T": 100}
+  # Heads 0 to 3 of row 0, and tokens that no chunk begins or ends with.
+  middle = {"T": slice(7973, 8485), "H": slice(4), "G": slice(4), "B": slice(1)}
+  assert oracle.window(big) == middle
+  assert oracle.window({**big, "G": 1}).keys() == {"T", "B"}
+  assert oracle.window({"B": 4, "T": 600, "D": 8}) == {"T": slice(81, 593)}
 
 
-def test_an_error_at_fewer_tokens(monkeypatch):
-  monkeypatch.setattr(oracle, "TOKENS", 2)
-  workload = make_workload("causal_conv", "B1,T4,D2", "float32")
-  for _, (row,) in benchmark_measure.benchmark_op(workload, implementations=["parallel"]):
-    assert row["error"] < 1e-5 and row["error_shape"] == "B1 T2"
+@pytest.mark.parametrize("op", ("ssd", "kda", "selective_scan", "causal_conv"))
+def test_an_error_in_a_window(op, monkeypatch):
+  monkeypatch.setattr(oracle, "TOKENS", 3)
+  monkeypatch.setattr(oracle, "STATE_BYTES", 8 * 3 * 2 * 4)
+  letters = "".join(dict.fromkeys("".join(CASES[op].axes.values())))
+  workload = make_workload(
+    op, ",".join(f"{letter}{SIZES[letter]}" for letter in letters), "float32"
+  )
+  assert "T" in oracle.window(workload.sizes) and len(oracle.window(workload.sizes)) > 1
+
+  def errors():
+    measured = benchmark_measure.benchmark_op(workload, implementations=["recurrent", "parallel"])
+    return [row["error"] for _, rows in measured for row in rows]
+
+  assert max(errors()) < 1e-5
+  truth = oracle.Checker.truth.func
+  crooked = functools.cached_property(lambda self: jax.tree.map(lambda x: 1.001 * x, truth(self)))
+  crooked.__set_name__(oracle.Checker, "truth")
+  monkeypatch.setattr(oracle.Checker, "truth", crooked)
+  assert min(errors()) > 1e-4
+
+
+def test_rows_take_the_place_of_those_of_the_same_program(tmp_path):
+  command = ["--op=causal_conv", "--shape=B1,T3,D2", "--no-check", "--implementation=parallel"]
+  path = tmp_path / "rows.json"
+  files = [f"--json={path}"]
+  assert benchmark.main(command + files) == 0
+  before = json.loads(path.read_text())
+  assert benchmark.main([*command[:1], "--shape=B2,T3,D2", *command[2:], *files]) == 0
+  assert benchmark.main([*command, "--pass=forward", *files]) == 0
+  rows = json.loads(path.read_text())
+  assert [(row["B"], row["pass"]) for row in rows] == [
+    (1, "forward"), (1, "forward_backward"), (2, "forward"), (2, "forward_backward"),
+  ]  # fmt: skip
+  assert rows[0]["compile_s"] != before[0]["compile_s"] and rows[1] == before[1]
+  path.write_text("{}")
+  with pytest.raises(SystemExit):
+    benchmark.main(command + files)
 
 
 @pytest.mark.parametrize("op", MATRIX)
