@@ -13,85 +13,87 @@ import jax.numpy as jnp
 
 from ops import dispatch
 from ops.kernels.gpu import scalar_decay
+from ops.kernels.gpu.delta_rule_gates import chunk_gates
+from ops.kernels.gpu.scalar_decay import CHUNK, FLOOR, folding_mapped_axes
+from ops.segments import where_mask
 
-CHUNK = 64  # tokens: the rows of one wgmma
-FLOOR = -63.0
 
-
-def supports(*, q, v, beta, segment_ids, **arguments) -> dispatch.Reason:
+def supports(*, beta, **arguments) -> dispatch.Reason:
   """Why the kernels cannot run `linear_attention` on these arguments; None if they can."""
   if beta is None:
     return "it has the delta rule only"
-  if segment_ids is not None:
-    return "it knows no segment_ids with the delta rule"
-  if q.shape[2] != v.shape[2]:
-    heads = f"q has {q.shape[2]} and v {v.shape[2]}"
-    return f"it has no grouped heads with the delta rule, {heads}"
-  return scalar_decay.supports(q=q, v=v, beta=None, segment_ids=None, **arguments)
+  return scalar_decay.supports(beta=None, **arguments)
 
 
 def run(tokens, state, scale, chunk_size, precision):
-  """Outputs [B T H 1 V] in bfloat16 and the final state [B H 1 K V]."""
-  q, k = (x.astype(jnp.bfloat16) for x in (tokens.q, tokens.k))
-  v = tokens.v[:, :, :, 0].astype(jnp.bfloat16)
-  beta = tokens.beta[..., 0].astype(jnp.float32)
-  log_decay = jnp.zeros_like(beta) if tokens.log_decay is None else tokens.log_decay[..., 0]
-  o, state = attend(q, k, v, log_decay.astype(jnp.float32), beta, state[:, :, 0], scale)
-  return o[:, :, :, None], state[:, :, None]
+  """Outputs [B T Hq M V] in bfloat16 and the final state [B Hq M K V]."""
+  heads = lambda x: x.reshape(*x.shape[:2], -1, *x.shape[4:])
+  q, k, v = (x.astype(jnp.bfloat16) for x in (tokens.q, tokens.k, heads(tokens.v)))
+  beta = heads(tokens.beta).astype(jnp.float32)
+  if tokens.log_decay is None:
+    log_decay = jnp.zeros_like(beta)
+  else:
+    log_decay = heads(tokens.log_decay).astype(jnp.float32)
+  document = None if tokens.segments is None else tokens.segments.document
+  flat = state.astype(jnp.float32).reshape(v.shape[0], v.shape[2], *state.shape[3:])
+  o, flat = attend(q, k, v, log_decay, beta, flat, document, scale)
+  return o.reshape(tokens.v.shape), flat.reshape(state.shape)
 
 
-def attend(q, k, v, log_decay, beta, state, scale, interpret=None):
+def attend(q, k, v, log_decay, beta, state, document, scale, interpret=None):
   """o [B T H V] and the final state for any T, with gradients.
 
   Args:
-    q, k, v: bfloat16 [B T H K], [B T H V].
+    q, k, v: bfloat16 [B T Hq K], [B T H V]; H is a multiple of Hq.
     log_decay, beta: float32 [B T H].
     state: float32 [B H K V].
+    document: int32 [B T], the number of documents that have started, from 0; None is one.
     scale: multiplies q.
     interpret: `plgpu.InterpretGPUParams()` to run on a CPU.
   """
   T = q.shape[1]
   pad = -T % CHUNK
-  # A token of zeros without decay leaves the state as it is.
-  whole = lambda x: jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)) if pad else x
-  o, state = _attend(*map(whole, (q, k, v, log_decay, beta)), state, scale, interpret)
+  if pad:
+    whole = lambda x, **mode: jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2), **mode)
+    # A token of zeros without decay leaves the state as it is.
+    q, k, v, log_decay, beta = map(whole, (q, k, v, log_decay, beta))
+    document = None if document is None else whole(document, mode="edge")
+  o, state = _attend(q, k, v, log_decay, beta, state, document, scale, interpret)
   return o[:, :T], state
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _attend(q, k, v, log_decay, beta, state, scale, interpret):
-  return forward(q, k, v, log_decay, beta, state, scale, interpret=interpret)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _attend(*arguments):
+  return _attend_forward(*arguments, save=False)[0]
 
 
-def _attend_forward(q, k, v, log_decay, beta, state, scale, interpret):
-  o, state, *saved = forward(q, k, v, log_decay, beta, state, scale, save=True, interpret=interpret)
-  return (o, state), (q, k, log_decay, beta, *saved)
+def _attend_forward(q, k, v, log_decay, beta, state, document, scale, interpret, save=True):
+  call = functools.partial(forward, scale=scale, save=save, interpret=interpret)
+  o, state, *saved = folding_mapped_axes(call)(q, k, v, log_decay, beta, state, document)
+  return (o, state), (q, k, log_decay, beta, document, *saved)
 
 
 def _attend_backward(scale, interpret, residuals, cotangents):
-  return backward(*residuals, *cotangents, scale, interpret=interpret)
+  call = functools.partial(backward, scale=scale, interpret=interpret)
+  return *folding_mapped_axes(call)(*residuals, *cotangents), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def gate_sums(log_decay):
-  """float32 [B H T]: `log_decay` [B T H] summed from each chunk's start."""
-  B, T, H = log_decay.shape
-  g = jnp.maximum(log_decay, FLOOR).reshape(B, T // CHUNK, CHUNK, H)
-  return jnp.cumsum(g, axis=2).reshape(B, T, H).transpose(0, 2, 1)
-
-
-def forward(q, k, v, log_decay, beta, state, scale, stages=2, terms=2, save=False, interpret=None):
+def forward(
+  q, k, v, log_decay, beta, state, document=None, *, scale, stages=2, terms=2, save=False,
+  interpret=None,
+):  # fmt: skip
   """Outputs, the final state, and with `save` what `backward` takes."""
   from ops.kernels.gpu import delta_rule_forward, delta_rule_inverse
 
-  sums = gate_sums(log_decay)
+  gates = chunk_gates(log_decay, document)
   steps = away_from_zero(beta).transpose(0, 2, 1)
-  inverses = delta_rule_inverse.inverses(k, sums, steps, terms, interpret)
+  inverses = delta_rule_inverse.inverses(k, gates, steps, terms, interpret)
   before = jnp.swapaxes(state, 2, 3)
   o, state, *saved = delta_rule_forward.outputs(
-    q, k, v, sums, inverses, before, scale, stages, save, interpret
+    q, k, v, gates, inverses, before, scale, stages, save, interpret
   )
   return o, jnp.swapaxes(state, 2, 3), *([inverses, *saved] if save else [])
 
@@ -102,20 +104,26 @@ def away_from_zero(beta):
 
 
 def backward(
-  q, k, log_decay, beta, inverses, before, written, do, dstate, scale, stages=2, interpret=None
-):
+  q, k, log_decay, beta, document, inverses, before, written, do, dstate, *, scale, stages=2,
+  interpret=None,
+):  # fmt: skip
   """Gradients of q, k, v, log_decay, beta and the state, from what `forward` saved."""
   from ops.kernels.gpu import delta_rule_backward as kernels
 
-  B, T, H, _ = q.shape
-  sums = gate_sums(log_decay)
+  (B, T, H), Hq = do.shape[:3], q.shape[2]
+  gates = chunk_gates(log_decay, document)
   dv, dstate, after = kernels.state_gradients(
-    q, k, do, sums, inverses, jnp.swapaxes(dstate, 2, 3), scale, stages, interpret
+    q, k, do, gates, inverses, jnp.swapaxes(dstate, 2, 3), scale, stages, interpret
   )
-  dq, dk, parts = kernels.gradients(q, k, do, dv, written, sums, before, after, scale, interpret)
+  dq, dk, parts = kernels.gradients(q, k, do, dv, written, gates, before, after, scale, interpret)
+  if Hq != H:
+    group = lambda x: x.reshape(B, T, Hq, H // Hq, -1).astype(jnp.float32).sum(3).astype(x.dtype)
+    dq, dk = group(dq), group(dk)
   db, constant, product = jnp.moveaxis(parts.sum(2).reshape(B, H, 3, T // CHUNK, CHUNK), 2, 0)
-  to_end = jnp.flip(jnp.cumsum(jnp.flip(db, 3), 3), 3)
-  dg = (to_end + constant.sum(3, keepdims=True)).reshape(B, H, T).transpose(0, 2, 1)
+  dg = scalar_decay._sum_from_each_on(db, constant.sum(3, keepdims=True), document)
+  dg = jnp.where(log_decay < FLOOR, 0, dg.reshape(B, H, T).transpose(0, 2, 1))
+  if document is not None:
+    # There is no state to decay where a document starts.
+    dg = where_mask(document == scalar_decay.document_before(document, 1), dg)
   dbeta = product.reshape(B, H, T).transpose(0, 2, 1) / away_from_zero(beta) ** 2
-  dstate = jnp.swapaxes(dstate, 2, 3)
-  return dq, dk, dv, jnp.where(log_decay < FLOOR, 0, dg), dbeta, dstate
+  return dq, dk, dv, dg, dbeta, jnp.swapaxes(dstate, 2, 3)

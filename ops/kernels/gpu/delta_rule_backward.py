@@ -22,34 +22,36 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ops.kernels.gpu import mosaic
 from ops.kernels.gpu.delta_rule_forward import CHUNK, COLUMNS, HANDED, load_transposed
+from ops.kernels.gpu.delta_rule_gates import FROM_START, TO_END, pairs
 from ops.kernels.gpu.mosaic import TILED, WGMMA, along_columns, along_rows
 
 TILE = 64
 
 
 def state_gradients(
-  q, k, do, sums, inverses, dstate, scale: float, stages: int = 2, interpret=None
+  q, k, do, gates, inverses, dstate, scale: float, stages: int = 2, interpret=None
 ):
   """dv [B T H V], the gradient of the initial state, float32 [B H V K], and in the dtype of q
   [B H N V K] the gradients of the state after each chunk.
 
   Args:
-    q, k, do: [B T H K], [B T H V], T a multiple of the chunk.
-    sums: float32 [B H T], the gates summed within each chunk.
+    q, k, do: [B T Hq K], [B T H V], T a multiple of the chunk.
+    gates: float32 [B H N R C], of `delta_rule_gates`.
     inverses: [B H N n C C] like `q`, T as a sum of n terms.
     dstate: float32 [B H V K], the gradient of the final state.
   """
-  B, T, H, K = q.shape
-  V, C, dtype, simulated = do.shape[-1], CHUNK, q.dtype, interpret is not None
+  (B, T, H, V), (Hq, K) = do.shape, q.shape[2:]
+  C, dtype, simulated = CHUNK, q.dtype, interpret is not None
   chunks = T // C
   stages, terms = min(stages, chunks), inverses.shape[3]
 
-  def kernel(q_hbm, k_hbm, do_hbm, sums_hbm, inverses_hbm, last_hbm, dv_hbm, first_hbm, after_hbm):
+  def kernel(q_hbm, k_hbm, do_hbm, gates_hbm, inverses_hbm, last_hbm, dv_hbm, first_hbm, after_hbm):
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    key_head = lax.div(head, jnp.int32(H // Hq))
     part = pl.ds(lax.axis_index("block") * COLUMNS, COLUMNS)
     chunk = lambda n: chunks - 1 - n
 
-    def run(q_s, k_s, do_s, inverse_s, sums_s, scores_s, state_s, dv_s, left_s, *barriers):
+    def run(q_s, k_s, do_s, inverse_s, gates_s, scores_s, state_s, dv_s, left_s, *barriers):
       full, consumed, ready, taken = barriers
 
       def left(n, x):
@@ -63,55 +65,75 @@ def state_gradients(
       def fetch(n, slot):
         rows = pl.ds(chunk(n) * C, C)
         for source, target in (
-          (q_hbm.at[batch, rows, head], q_s), (k_hbm.at[batch, rows, head], k_s),
-          (do_hbm.at[batch, rows, head, part], do_s), (sums_hbm.at[batch, head, rows], sums_s),
+          (k_hbm.at[batch, rows, key_head], k_s), (q_hbm.at[batch, rows, key_head], q_s),
+          (do_hbm.at[batch, rows, head, part], do_s),
+          (gates_hbm.at[batch, head, chunk(n)], gates_s),
         ):  # fmt: skip
           plgpu.copy_gmem_to_smem(source, target.at[slot], full.at[slot])
         for term in range(terms):
           source = inverses_hbm.at[batch, head, chunk(n), term]
           plgpu.copy_gmem_to_smem(source, inverse_s.at[slot, term], full.at[slot])
 
+      def solve(written, kept, from_start, weighted, slot, share):
+        """dV^T = dV'^T T, shared as soon as it is there, and the gradient of the state before."""
+        weigh = lambda dv: (-dv * along_columns(from_start, COLUMNS)).astype(dtype)
+        systems = [inverse_s.at[slot, n] for n in range(terms)]
+        if simulated:
+          dv = mosaic.products((COLUMNS, C), [(left(2, written), x) for x in systems])
+          share(dv)
+          state = kept + mosaic.product((COLUMNS, K), left(3, weighted), q_s.at[slot])
+          return state + mosaic.product((COLUMNS, K), left(4, weigh(dv)), k_s.at[slot])
+
+        def body(solved, state):
+          for system in systems:
+            plgpu.wgmma(solved, written, system)
+          state[...] = kept
+          plgpu.wgmma(state, weighted, q_s.at[slot])
+          dv = plgpu.wgmma_accumulator_load(solved, wait_n=1)
+          plgpu.wgmma(state, weigh(dv), k_s.at[slot])
+          share(dv)
+          return state[...]
+
+        accumulator = lambda width: plgpu.ACC((COLUMNS, width), jnp.float32)
+        return pl.run_scoped(body, accumulator(C), accumulator(K))
+
       def carry(wait, release):
+        # What does not wait for the state's gradient is done while the tensor cores work.
         def step(n, state):
           slot, hand = wait(n), lax.rem(n, jnp.int32(HANDED))
+          column = lambda row: plgpu.load(gates_s.at[slot, row], layout=WGMMA.reduce(0))
+          along = lambda x: along_columns(x, COLUMNS)
           narrow = state.astype(dtype)
-          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-          state_s[...] = narrow
-          plgpu.commit_smem()
-          plgpu.copy_smem_to_gmem(state_s, after_hbm.at[batch, head, chunk(n), part])
 
-          def meanwhile():
-            column = plgpu.load(sums_s.at[slot], layout=WGMMA.reduce(0))
-            end = sums_s[slot, C - 1]
-            values = load_transposed(do_s.at[slot], simulated)
-            from_start = jnp.exp(column)
-            weighted = values * along_columns(from_start * scale, COLUMNS)
-            return values.astype(dtype), weighted.astype(dtype), from_start, end, column
-
-          across, (values, weighted, from_start, end, column) = mosaic.product_and(
-            (COLUMNS, C), left(0, narrow), k_s.at[slot].transpose((1, 0)), meanwhile
-          )
-          plgpu.barrier_wait(ready.at[hand])
-          inside = mosaic.product((COLUMNS, C), left(1, values), scores_s.at[hand])
-          plgpu.barrier_arrive(taken.at[hand])
-          written = across * along_columns(jnp.exp(end - column), COLUMNS) + inside
-          written = left(2, written.astype(dtype))
-          dv = mosaic.products(
-            (COLUMNS, C), [(written, inverse_s.at[slot, n]) for n in range(terms)]
-          )
-          back = (-dv * along_columns(from_start, COLUMNS)).astype(dtype)
-          store_transposed(dv_s, dv.astype(dtype), simulated)
-          plgpu.commit_smem()
-          rows = pl.ds(chunk(n) * C, C)
-          plgpu.copy_smem_to_gmem(dv_s, dv_hbm.at[batch, rows, head, part])
-          if simulated:
-            state = state * jnp.exp(end)
-            for at, x, right in ((3, weighted, q_s), (4, back, k_s)):
-              state += mosaic.product((COLUMNS, K), left(at, x), right.at[slot])
-          else:
-            (state,) = mosaic.accumulate_sums(
-              (state * jnp.exp(end), [(weighted, q_s.at[slot]), (back, k_s.at[slot])])
+          def while_reading():
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            state_s[...] = narrow
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(state_s, after_hbm.at[batch, head, chunk(n), part])
+            values, from_start = load_transposed(do_s.at[slot], simulated), column(FROM_START)
+            weighted = (values * along(from_start * scale)).astype(dtype)
+            plgpu.barrier_wait(ready.at[hand])
+            inside, (to_end, kept) = mosaic.product_and(
+              (COLUMNS, C),
+              left(1, values.astype(dtype)),
+              scores_s.at[hand],
+              lambda: (column(TO_END), state * gates_s[slot, FROM_START, C - 1]),
             )
+            plgpu.barrier_arrive(taken.at[hand])
+            return inside, to_end, kept, from_start, weighted
+
+          across, (inside, to_end, kept, from_start, weighted) = mosaic.product_and(
+            (COLUMNS, C), left(0, narrow), k_s.at[slot].transpose((1, 0)), while_reading
+          )
+          written = (across * along(to_end) + inside).astype(dtype)
+
+          def share(dv):
+            store_transposed(dv_s, dv.astype(dtype), simulated)
+            plgpu.commit_smem()
+            rows = pl.ds(chunk(n) * C, C)
+            plgpu.copy_smem_to_gmem(dv_s, dv_hbm.at[batch, rows, head, part])
+
+          state = solve(written, kept, from_start, weighted, slot, share)
           release(slot)
           return state
 
@@ -120,21 +142,14 @@ def state_gradients(
         plgpu.wait_smem_to_gmem(0)
 
       def score(wait, release):
-        i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=WGMMA)
-        j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=WGMMA)
-
         @pl.loop(jnp.int32(0), jnp.int32(chunks))
         def _(n):
           slot, hand = wait(n), lax.rem(n, jnp.int32(HANDED))
-
-          def meanwhile():
-            row = plgpu.load(sums_s.at[slot], layout=WGMMA.reduce(1))
-            column = plgpu.load(sums_s.at[slot], layout=WGMMA.reduce(0))
-            exponent = jnp.where(i >= j, along_rows(row, C) - along_columns(column, C), -jnp.inf)
-            return jnp.exp(exponent) * scale
-
           scores, decays = mosaic.product_and(
-            (C, C), q_s.at[slot], k_s.at[slot].transpose((1, 0)), meanwhile
+            (C, C),
+            q_s.at[slot],
+            k_s.at[slot].transpose((1, 0)),
+            lambda: pairs(gates_s.at[slot], diagonal=True) * scale,
           )
           release(slot)
           pl.when(n >= HANDED)(lambda: plgpu.barrier_wait(taken.at[hand]))
@@ -156,7 +171,7 @@ def state_gradients(
     pl.run_scoped(
       run,
       tile(stages, C, K), tile(stages, C, K), tile(stages, C, COLUMNS), tile(stages, terms, C, C),
-      plgpu.SMEM((stages, C), jnp.float32),
+      plgpu.SMEM((stages, *gates.shape[3:]), jnp.float32),
       tile(HANDED, C, C), tile(COLUMNS, K), tile(C, COLUMNS),
       tile(5, COLUMNS, K) if simulated else None,
       plgpu.Barrier(num_arrivals=4 + terms, num_barriers=stages),
@@ -179,7 +194,7 @@ def state_gradients(
     thread_name="thread",
     interpret=interpret,
     compiler_params=mosaic.PARAMS,
-  )(q, k, do, sums, inverses, dstate)  # fmt: skip
+  )(q, k, do, gates, inverses, dstate)  # fmt: skip
 
 
 def store_transposed(ref, x, simulated: bool):
@@ -190,30 +205,31 @@ def store_transposed(ref, x, simulated: bool):
     ref.transpose((1, 0))[...] = x
 
 
-def gradients(q, k, do, dv, written, sums, before, after, scale: float, interpret=None):
-  """dq, dk [B T H K], and float32 [B H W 3 T]: db, parts of <S', dS'> that each chunk sums, and
-  V' . dV; W shares are to be added.
+def gradients(q, k, do, dv, written, gates, before, after, scale: float, interpret=None):
+  """dq, dk [B T H K] of each value head, and float32 [B H W 3 T]: db, parts of <S', dS'> that each
+  chunk sums, and V' . dV; W shares are to be added.
 
   Args:
-    q, k, do, dv: [B T H K], [B T H V], T a multiple of the chunk.
+    q, k, do, dv: [B T Hq K], [B T H V], T a multiple of the chunk.
     written: [B H N V C] like `q`, V'.
-    sums: float32 [B H T], the gates summed within each chunk.
+    gates: float32 [B H N R C], of `delta_rule_gates`.
     before, after: [B H N V K] like `q`, the states before and their gradients after each chunk.
   """
-  B, T, H, K = q.shape
-  V, C, dtype = do.shape[-1], CHUNK, q.dtype
+  (B, T, H, V), (Hq, K) = do.shape, q.shape[2:]
+  C, dtype = CHUNK, q.dtype
   W = 2 if K == V == 128 else 1
   key_tiles, value_tiles = K // TILE, V // TILE
   mine = key_tiles // W
   columns = lambda tile: pl.ds(tile * TILE, TILE)
 
-  def kernel(q_hbm, k_hbm, do_hbm, dv_hbm, written_hbm, sums_hbm, before_hbm, after_hbm, *outputs):
+  def kernel(q_hbm, k_hbm, do_hbm, dv_hbm, written_hbm, gates_hbm, before_hbm, after_hbm, *outputs):
     dq_hbm, dk_hbm, sums_out = outputs
     batch, head, chunk = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
+    key_head = lax.div(head, jnp.int32(H // Hq))
     rows = pl.ds(chunk * C, C)
     w = lax.axis_index("thread")
 
-    def run(q_s, k_s, do_s, dv_s, written_s, state_s, m_s, n_s, sums_s, out_s, ready, met):
+    def run(q_s, k_s, do_s, dv_s, written_s, state_s, m_s, n_s, gates_s, out_s, ready, met):
       def meet(n):
         plgpu.barrier_arrive(met.at[n])
         plgpu.barrier_wait(met.at[n])
@@ -226,13 +242,13 @@ def gradients(q, k, do, dv, written, sums, before, after, scale: float, interpre
 
       @pl.when(w == 0)
       def _():
-        plgpu.copy_gmem_to_smem(sums_hbm.at[batch, head, rows], sums_s, ready[0])
-        for source, target, tiles in (
-          (q_hbm, q_s, key_tiles), (k_hbm, k_s, key_tiles),
-          (do_hbm, do_s, value_tiles), (dv_hbm, dv_s, value_tiles),
+        plgpu.copy_gmem_to_smem(gates_hbm.at[batch, head, chunk], gates_s, ready[0])
+        for source, target, tiles, at in (
+          (q_hbm, q_s, key_tiles, key_head), (k_hbm, k_s, key_tiles, key_head),
+          (do_hbm, do_s, value_tiles, head), (dv_hbm, dv_s, value_tiles, head),
         ):  # fmt: skip
           for i in range(tiles):
-            here = source.at[batch, rows, head, columns(i)]
+            here = source.at[batch, rows, at, columns(i)]
             plgpu.copy_gmem_to_smem(here, target.at[i], ready[0])
         for i in range(value_tiles):
           here = written_hbm.at[batch, head, chunk, columns(i)]
@@ -240,29 +256,23 @@ def gradients(q, k, do, dv, written, sums, before, after, scale: float, interpre
         fetch_states(before_hbm, 1)
 
       plgpu.barrier_wait(ready[0])
-      row = plgpu.load(sums_s, layout=WGMMA.reduce(1))
-      column = plgpu.load(sums_s, layout=WGMMA.reduce(0))
-      end = sums_s[C - 1]
-      from_start, to_end = jnp.exp(row), jnp.exp(end - row)
+      factor = lambda row: plgpu.load(gates_s.at[row], layout=WGMMA.reduce(1))
+      from_start, to_end, kept = factor(FROM_START), factor(TO_END), gates_s[FROM_START, C - 1]
       total = lambda terms: mosaic.products((C, TILE), terms)
       load = lambda ref: plgpu.load(ref, layout=WGMMA).astype(jnp.float32)
 
-      def pairs(left, factor, diagonal, target):
+      def weigh(left, factor, diagonal, target):
         """factor left V'^T exp(b_i - b_j), rounded, below the diagonal or with it."""
-        i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=WGMMA)
-        j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=WGMMA)
         products = total([(left.at[t], written_s.at[t]) for t in range(value_tiles)])
-        kept = i >= j if diagonal else i > j
-        exponent = jnp.where(kept, along_rows(row, C) - along_columns(column, C), -jnp.inf)
-        target[...] = (products * (jnp.exp(exponent) * factor)).astype(dtype)
+        target[...] = (products * (pairs(gates_s, diagonal) * factor)).astype(dtype)
 
       # Two warpgroups make one each.
       if W == 1:
-        pairs(do_s, scale, True, m_s)
-        pairs(dv_s, -1.0, False, n_s)
+        weigh(do_s, scale, True, m_s)
+        weigh(dv_s, -1.0, False, n_s)
       else:
-        pl.when(w == 0)(lambda: pairs(do_s, scale, True, m_s))
-        pl.when(w == 1)(lambda: pairs(dv_s, -1.0, False, n_s))
+        pl.when(w == 0)(lambda: weigh(do_s, scale, True, m_s))
+        pl.when(w == 1)(lambda: weigh(dv_s, -1.0, False, n_s))
       plgpu.commit_smem()
       meet(0)
 
@@ -307,7 +317,7 @@ def gradients(q, k, do, dv, written, sums, before, after, scale: float, interpre
         dk[tile] += across
         for t in range(value_tiles):
           both = states[tile][t].astype(jnp.float32) * load(state_s.at[t, at])
-          constant += both.sum(1) * jnp.exp(end)
+          constant += both.sum(1) * kept
       meet(2)
 
       for n, x in enumerate((db, constant, product)):
@@ -330,20 +340,20 @@ def gradients(q, k, do, dv, written, sums, before, after, scale: float, interpre
       lambda *refs: run(*refs[:-4], refs[-4:-1], refs[-1]),
       tile(key_tiles), tile(key_tiles), tile(value_tiles), tile(value_tiles), tile(value_tiles),
       tile(value_tiles, key_tiles), tile(), tile(),
-      plgpu.SMEM((C,), jnp.float32), plgpu.SMEM((W, 3, C), jnp.float32),
+      plgpu.SMEM(gates.shape[3:], jnp.float32), plgpu.SMEM((W, 3, C), jnp.float32),
       plgpu.Barrier(num_arrivals=arrivals[0]), plgpu.Barrier(num_arrivals=arrivals[1]),
       plgpu.Barrier(num_arrivals=arrivals[1]), plgpu.Barrier(num_arrivals=W, num_barriers=3),
       collective_axes="thread",
     )  # fmt: skip
 
-  like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+  keys = jax.ShapeDtypeStruct((B, T, H, K), dtype)
   return plgpu.kernel(
     kernel,
-    out_type=[like(q), like(k), jax.ShapeDtypeStruct((B, H, W, 3, T), jnp.float32)],
+    out_type=[keys, keys, jax.ShapeDtypeStruct((B, H, W, 3, T), jnp.float32)],
     grid=(T // C, H, B),
     grid_names=("chunk", "head", "batch"),
     num_threads=W,
     thread_name="thread",
     interpret=interpret,
     compiler_params=mosaic.PARAMS,
-  )(q, k, do, dv, written, sums, before, after)
+  )(q, k, do, dv, written, gates, before, after)

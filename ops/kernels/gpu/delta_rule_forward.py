@@ -19,36 +19,40 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ops.kernels.gpu import mosaic
+from ops.kernels.gpu.delta_rule_gates import FROM_START, TO_END, pairs
 from ops.kernels.gpu.mosaic import TILED, WGMMA, along_columns, along_rows
+from ops.kernels.gpu.scalar_decay import CHUNK
 
-CHUNK = 64  # tokens: the rows of one wgmma
 COLUMNS = 64  # of V per program
 HANDED = 2  # chunks between the two warpgroups
 
 
 def outputs(
-  q, k, v, sums, inverses, state, scale: float, stages: int = 3, save=False, interpret=None
+  q, k, v, gates, inverses, state, scale: float, stages: int = 3, save=False, interpret=None
 ):
   """Outputs [B T H V], the final state [B H V K], and with `save` bfloat16 [B H N V K] and
   [B H N V C]: the state before each chunk, and V', transposed.
 
   Args:
-    q, k, v: [B T H K], [B T H V], T a multiple of the chunk.
-    sums: float32 [B H T], the gates summed within each chunk.
+    q, k, v: [B T Hq K], [B T H V], T a multiple of the chunk.
+    gates: float32 [B H N R C], of `delta_rule_gates`.
     inverses: [B H N n C C] like `q`, T as a sum of n terms.
     state: float32 [B H V K].
   """
-  B, T, H, K = q.shape
-  V, C, dtype, simulated = v.shape[-1], CHUNK, q.dtype, interpret is not None
+  (B, T, H, V), (Hq, K) = v.shape, q.shape[2:]
+  C, dtype, simulated = CHUNK, q.dtype, interpret is not None
   chunks = T // C
   stages, terms = min(stages, chunks), inverses.shape[3]
 
-  def kernel(q_hbm, k_hbm, v_hbm, sums_hbm, inverses_hbm, before_hbm, o_hbm, final_hbm, *saved_hbm):
+  def kernel(
+    q_hbm, k_hbm, v_hbm, gates_hbm, inverses_hbm, before_hbm, o_hbm, final_hbm, *saved_hbm
+  ):
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    key_head = lax.div(head, jnp.int32(H // Hq))
     part = pl.ds(lax.axis_index("block") * COLUMNS, COLUMNS)
 
-    def run(q_s, k_s, v_s, inverse_s, sums_s, state_s, written_s, o_s, left_s, *barriers):
-      full, consumed, ready, taken = barriers
+    def run(q_s, k_s, v_s, inverse_s, gates_s, state_s, written_s, o_s, left_s, *barriers):
+      full, consumed, state_ready, written_ready, taken = barriers
 
       def left(n, x):
         """The left operand of a product, in registers; the interpreter wants it in memory."""
@@ -61,8 +65,8 @@ def outputs(
       def fetch(n, slot):
         rows = pl.ds(n * C, C)
         for source, target in (
-          (q_hbm.at[batch, rows, head], q_s), (k_hbm.at[batch, rows, head], k_s),
-          (v_hbm.at[batch, rows, head, part], v_s), (sums_hbm.at[batch, head, rows], sums_s),
+          (k_hbm.at[batch, rows, key_head], k_s), (v_hbm.at[batch, rows, head, part], v_s),
+          (gates_hbm.at[batch, head, n], gates_s), (q_hbm.at[batch, rows, key_head], q_s),
         ):  # fmt: skip
           plgpu.copy_gmem_to_smem(source, target.at[slot], full.at[slot])
         for term in range(terms):
@@ -70,32 +74,43 @@ def outputs(
           plgpu.copy_gmem_to_smem(source, inverse_s.at[slot, term], full.at[slot])
 
       def carry(wait, release):
+        # What does not wait for the state is done while the tensor cores work.
         def step(n, state):
           slot, hand = wait(n), lax.rem(n, jnp.int32(HANDED))
+          column = lambda row: plgpu.load(gates_s.at[slot, row], layout=WGMMA.reduce(0))
+          along = lambda x: along_columns(x, COLUMNS)
           pl.when(n >= HANDED)(lambda: plgpu.barrier_wait(taken.at[hand]))
           narrow = state.astype(dtype)
           state_s[hand] = narrow
 
-          def meanwhile():
-            column = plgpu.load(sums_s.at[slot], layout=WGMMA.reduce(0))
-            end = sums_s[slot, C - 1]
-            values = load_transposed(v_s.at[slot], simulated)
-            return values, jnp.exp(column), jnp.exp(end - column), jnp.exp(end)
+          def while_reading():
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(state_ready.at[hand])
+            return load_transposed(v_s.at[slot], simulated), column(FROM_START)
 
-          read, (values, from_start, to_end, across) = mosaic.product_and(
-            (COLUMNS, C), left(0, narrow), k_s.at[slot].transpose((1, 0)), meanwhile
+          read, (values, from_start) = mosaic.product_and(
+            (COLUMNS, C), left(0, narrow), k_s.at[slot].transpose((1, 0)), while_reading
           )
-          residual = (values - read * along_columns(from_start, COLUMNS)).astype(dtype)
-          residual = left(1, residual)
-          written = mosaic.products(
+          residual = left(1, (values - read * along(from_start)).astype(dtype))
+
+          def while_solving():
+            return state * gates_s[slot, FROM_START, C - 1], column(TO_END)
+
+          written, (kept, to_end) = mosaic.products_and(
             (COLUMNS, C),
             [(residual, inverse_s.at[slot, n].transpose((1, 0))) for n in range(terms)],
+            while_solving,
           )
-          weighted = (written * along_columns(to_end, COLUMNS)).astype(dtype)
-          written_s[hand] = written.astype(dtype)
-          plgpu.commit_smem()
-          plgpu.barrier_arrive(ready.at[hand])
-          (state,) = mosaic.accumulate(simulated, (state * across, left(2, weighted), k_s.at[slot]))
+
+          def while_writing():
+            written_s[hand] = written.astype(dtype)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(written_ready.at[hand])
+
+          weighted = left(2, (written * along(to_end)).astype(dtype))
+          state, _ = mosaic.accumulate_and(
+            simulated, kept, [(weighted, k_s.at[slot])], while_writing
+          )
           release(slot)
           return state
 
@@ -105,37 +120,34 @@ def outputs(
           plgpu.barrier_wait(taken.at[n % HANDED])
 
       def read(wait, release):
-        i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=WGMMA)
-        j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=WGMMA)
-
         @pl.loop(jnp.int32(0), jnp.int32(chunks))
         def _(n):
           slot, hand = wait(n), lax.rem(n, jnp.int32(HANDED))
 
           def meanwhile():
-            row = plgpu.load(sums_s.at[slot], layout=WGMMA.reduce(1))
-            column = plgpu.load(sums_s.at[slot], layout=WGMMA.reduce(0))
-            # Above the diagonal the exponent is positive: replaced before anything is infinite.
-            exponent = jnp.where(i >= j, along_rows(row, C) - along_columns(column, C), -jnp.inf)
-            return jnp.exp(row) * scale, jnp.exp(exponent) * scale
+            row = plgpu.load(gates_s.at[slot, FROM_START], layout=WGMMA.reduce(1))
+            return row * scale, pairs(gates_s.at[slot], diagonal=True) * scale
 
           scores, (from_start, decays) = mosaic.product_and(
             (C, C), q_s.at[slot], k_s.at[slot].transpose((1, 0)), meanwhile
           )
           scores = (scores * decays).astype(dtype)
-          plgpu.barrier_wait(ready.at[hand])
+          plgpu.barrier_wait(state_ready.at[hand])
+          across = mosaic.product((C, COLUMNS), q_s.at[slot], state_s.at[hand].transpose((1, 0)))
+          across = across * along_rows(from_start, COLUMNS)
+          plgpu.barrier_wait(written_ready.at[hand])
           if save:
             for source, target in zip((state_s, written_s), saved_hbm):
               plgpu.copy_smem_to_gmem(source.at[hand], target.at[batch, head, n, part])
-          across, inside = mosaic.accumulate(
+          o, _ = mosaic.accumulate_and(
             simulated,
-            (mosaic.zeros(C, COLUMNS), q_s.at[slot], state_s.at[hand].transpose((1, 0))),
-            (mosaic.zeros(C, COLUMNS), left(3, scores), written_s.at[hand].transpose((1, 0))),
+            across,
+            [(left(3, scores), written_s.at[hand].transpose((1, 0)))],
+            lambda: release(slot),
           )
-          release(slot)
           plgpu.wait_smem_to_gmem(0, wait_read_only=True)
           plgpu.barrier_arrive(taken.at[hand])
-          o_s[...] = (across * along_rows(from_start, COLUMNS) + inside).astype(dtype)
+          o_s[...] = o.astype(dtype)
           plgpu.commit_smem()
           plgpu.copy_smem_to_gmem(o_s, o_hbm.at[batch, pl.ds(n * C, C), head, part])
 
@@ -149,16 +161,15 @@ def outputs(
       mosaic.load_and_read(jnp.int32(chunks), stages, 2, fetch, both, full, consumed, simulated)
 
     tile = lambda *shape: plgpu.SMEM(shape, dtype, transforms=TILED)
+    one_for_each = lambda n, arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=n)
     pl.run_scoped(
       run,
       tile(stages, C, K), tile(stages, C, K), tile(stages, C, COLUMNS), tile(stages, terms, C, C),
-      plgpu.SMEM((stages, C), jnp.float32),
+      plgpu.SMEM((stages, *gates.shape[3:]), jnp.float32),
       tile(HANDED, COLUMNS, K), tile(HANDED, COLUMNS, C), tile(C, COLUMNS),
       tile(4, COLUMNS, K) if simulated else None,
-      plgpu.Barrier(num_arrivals=4 + terms, num_barriers=stages),
-      plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-      plgpu.Barrier(num_arrivals=1, num_barriers=HANDED),
-      plgpu.Barrier(num_arrivals=1, num_barriers=HANDED),
+      one_for_each(stages, 4 + terms), one_for_each(stages, 2),
+      *[one_for_each(HANDED, 1)] * 3,
       collective_axes="thread",
     )  # fmt: skip
 
@@ -175,7 +186,7 @@ def outputs(
     thread_name="thread",
     interpret=interpret,
     compiler_params=mosaic.PARAMS,
-  )(q, k, v, sums, inverses, state)  # fmt: skip
+  )(q, k, v, gates, inverses, state)  # fmt: skip
 
 
 def load_transposed(ref, simulated: bool) -> jax.Array:

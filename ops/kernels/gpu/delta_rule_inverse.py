@@ -15,46 +15,44 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from ops.kernels.gpu import mosaic
+from ops.kernels.gpu.delta_rule_gates import pairs
 from ops.kernels.gpu.mosaic import TILED, WGMMA, along_columns, along_rows
+from ops.kernels.gpu.scalar_decay import CHUNK
 from ops.triangular import unit_lower_inverse
 
-CHUNK = 64
 STRIDE = CHUNK + 8  # float32 of a row in shared memory: rows that are read together differ in banks
 
 
-def inverses(k, sums, beta, terms: int, interpret=None):
+def inverses(k, gates, beta, terms: int, interpret=None):
   """[B H N terms C C] in the dtype of `k`, whose sum over `terms` is
   (I + diag(beta) P)^-1 diag(beta),  P_ij = k_i . k_j exp(b_i - b_j) for i > j.
 
   Args:
-    k: [B T H K], T a multiple of the chunk.
-    sums, beta: float32 [B H T], the gates summed within each chunk, and the steps.
+    k: [B T Hq K], T a multiple of the chunk.
+    gates: float32 [B H N R C], of `delta_rule_gates`.
+    beta: float32 [B H T], the steps.
   """
-  B, T, H, K = k.shape
+  (B, T, Hq, K), H = k.shape, gates.shape[1]
   C, dtype, simulated = CHUNK, k.dtype, interpret is not None
 
-  def kernel(k_hbm, sums_hbm, beta_hbm, out_hbm):
+  def kernel(k_hbm, gates_hbm, beta_hbm, out_hbm):
     batch, head, chunk = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
     rows = pl.ds(chunk * C, C)
+    key_head = lax.div(head, jnp.int32(H // Hq))
 
-    def run(k_s, sums_s, beta_s, matrix_s, out_s, full):
-      plgpu.copy_gmem_to_smem(k_hbm.at[batch, rows, head], k_s, full)
-      plgpu.copy_gmem_to_smem(sums_hbm.at[batch, head, rows], sums_s, full)
+    def run(k_s, gates_s, beta_s, matrix_s, out_s, full):
+      plgpu.copy_gmem_to_smem(k_hbm.at[batch, rows, key_head], k_s, full)
+      plgpu.copy_gmem_to_smem(gates_hbm.at[batch, head, chunk], gates_s, full)
       plgpu.copy_gmem_to_smem(beta_hbm.at[batch, head, rows], beta_s, full)
       plgpu.barrier_wait(full)
-      i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=WGMMA)
-      j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=WGMMA)
 
       def meanwhile():
-        row = plgpu.load(sums_s, layout=WGMMA.reduce(1))
-        column = plgpu.load(sums_s, layout=WGMMA.reduce(0))
         step = plgpu.load(beta_s, layout=WGMMA.reduce(1))
-        exponent = jnp.where(i > j, along_rows(row, C) - along_columns(column, C), -jnp.inf)
-        return jnp.exp(exponent) * along_rows(step, C)
+        return pairs(gates_s, diagonal=False) * along_rows(step, C)
 
-      pairs, factors = mosaic.product_and((C, C), k_s, k_s.transpose((1, 0)), meanwhile)
+      products, factors = mosaic.product_and((C, C), k_s, k_s.transpose((1, 0)), meanwhile)
       here = matrix_s.at[:, pl.ds(0, C)]
-      here[...] = pairs * factors
+      here[...] = products * factors
       if simulated:
         here[...] = unit_lower_inverse(here[...])
       else:
@@ -73,7 +71,7 @@ def inverses(k, sums, beta, terms: int, interpret=None):
     tile = lambda *shape: plgpu.SMEM(shape, dtype, transforms=TILED)
     pl.run_scoped(
       run,
-      tile(C, K), plgpu.SMEM((C,), jnp.float32), plgpu.SMEM((C,), jnp.float32),
+      tile(C, K), plgpu.SMEM(gates.shape[3:], jnp.float32), plgpu.SMEM((C,), jnp.float32),
       plgpu.SMEM((C, STRIDE), jnp.float32), tile(terms, C, C),
       plgpu.Barrier(num_arrivals=3),
     )  # fmt: skip
@@ -85,7 +83,7 @@ def inverses(k, sums, beta, terms: int, interpret=None):
     grid_names=("chunk", "head", "batch"),
     interpret=interpret,
     compiler_params=mosaic.PARAMS,
-  )(k, sums, beta)
+  )(k, gates, beta)
 
 
 def _invert(matrix):

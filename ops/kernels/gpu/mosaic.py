@@ -93,6 +93,34 @@ def accumulate_sums(*terms) -> list[jax.Array]:
   return list(pl.run_state(body)(starts))
 
 
+def products_and(shape, terms, meanwhile: Callable):
+  """The sum of left @ right over the terms, and what `meanwhile` makes meanwhile."""
+
+  def body(accumulator):
+    for left, right in terms:
+      plgpu.wgmma(accumulator, left, right)
+    made = meanwhile()
+    return accumulator[...], made
+
+  return pl.run_scoped(body, plgpu.ACC(shape, jnp.float32))
+
+
+def accumulate_and(interpret: bool, start, terms, meanwhile: Callable):
+  """start + the sum of left @ right over the terms, and what `meanwhile` makes meanwhile."""
+  if interpret:
+    made = meanwhile()
+    return start + sum(product(start.shape, left, right) for left, right in terms), made
+
+  def body(accumulator):
+    accumulator[...] = start
+    for left, right in terms:
+      plgpu.wgmma(accumulator, left, right)
+    made = meanwhile()
+    return accumulator[...], made
+
+  return pl.run_scoped(body, plgpu.ACC(start.shape, jnp.float32))
+
+
 def load_and_read(
   steps: jax.Array,
   stages: int,

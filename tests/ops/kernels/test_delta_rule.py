@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
+import ops
 from ops import dispatch, reference
 from ops.kernels.gpu import delta_rule
 from tests.ops import compare
@@ -19,50 +20,59 @@ needs_mosaic = pytest.mark.skipif(
 
 
 @needs_mosaic
-def test_values_and_gradients():
+@pytest.mark.parametrize(
+  "starts", [[], [5, 64, 90]], ids=["", "two heads that share keys, documents"]
+)
+def test_values_and_gradients(starts):
   """Correlated keys, beta up to 2, strong gates, and a chunk that is not full."""
   from jax.experimental.pallas import mosaic_gpu as plgpu
 
-  T, K, V = 130, 64, 128
+  T, H, K, V = 130, 2 if starts else 1, 64, 128
   rng = np.random.default_rng(0)
-  q, k, v = (rng.standard_normal((1, T, 1, n)) for n in (K, K, V))
+  q, k = (rng.standard_normal((1, T, 1, K)) for _ in range(2))
+  v = rng.standard_normal((1, T, H, V))
   k = np.maximum(k, -0.3)
   q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
   gates = np.resize([-0.05] * 9 + [-20.0] + [-0.05] * 40 + [-1e4], T)[None, :, None]
   inputs = {name: jnp.asarray(x, jnp.bfloat16) for name, x in {"q": q, "k": k, "v": v}.items()} | {
-    "log_decay": jnp.asarray(gates, jnp.float32),
-    "beta": jnp.asarray(2 * rng.random((1, T, 1)), jnp.float32),
-    "initial_state": jnp.asarray(rng.standard_normal((1, 1, K, V)), jnp.float32),
+    "log_decay": jnp.asarray(np.broadcast_to(gates, (1, T, H)), jnp.float32),
+    "beta": jnp.asarray(2 * rng.random((1, T, H)), jnp.float32),
+    "initial_state": jnp.asarray(rng.standard_normal((1, H, K, V)), jnp.float32),
   }
 
-  def kernel(q, k, v, log_decay, beta, initial_state):
-    interpret = plgpu.InterpretGPUParams()
-    return delta_rule.attend(q, k, v, log_decay, beta, initial_state, K**-0.5, interpret)
+  def kernel(q, k, v, log_decay, beta, initial_state, segment_ids):
+    document = segment_ids if starts else None
+    arrays = (q, k, v, log_decay, beta, initial_state, document)
+    return delta_rule.attend(*arrays, K**-0.5, plgpu.InterpretGPUParams())
 
-  compare.check(
-    compare.run(kernel, inputs), compare.truth(reference.linear_attention, inputs), "bfloat16"
-  )
+  segment_ids = np.searchsorted(starts, np.arange(T)[None], side="right").astype(np.int32)
+  actual = compare.run(kernel, inputs, segment_ids)
+  expected = compare.truth(reference.linear_attention, inputs, segment_ids=segment_ids)
+  compare.check(actual, expected, "bfloat16")
 
 
 @needs_mosaic
-def test_lowers_for_a_hopper_gpu():
+@pytest.mark.parametrize("mapped", [(), (3,)], ids=["", "vmap"])
+def test_lowers_for_a_hopper_gpu(mapped):
   from jax.sharding import AbstractDevice
 
   device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
   mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-  B, T, H, K = 2, 1024, 2, 128
-  struct = jax.ShapeDtypeStruct
-  q, g = struct((B, T, H, K), jnp.bfloat16), struct((B, T, H), jnp.float32)
-  arguments = dict(q=q, k=q, v=q, log_decay=g, beta=g, scale=None, chunk_size=None)
+  B, T, H, K = 2, 1000, 2, 128
+  struct = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((*mapped, *shape), dtype)
+  q, v = struct(B, T, 1, K), struct(B, T, H, K)
+  g, state = struct(B, T, H, dtype=jnp.float32), struct(B, H, K, K, dtype=jnp.float32)
 
-  @functools.partial(jax.value_and_grad, argnums=(0, 1, 2, 3, 4, 5))
-  def everything(q, k, v, g, beta, state):
-    o, state = delta_rule.attend(q, k, v, g, beta, state, 0.1)
+  @functools.partial(jax.grad, argnums=(0, 1, 2, 3, 4, 5))
+  def gradients(q, k, v, g, beta, state, segment_ids):
+    o, state = ops.linear_attention(
+      q, k, v, log_decay=g, beta=beta, initial_state=state, segment_ids=segment_ids,
+      implementation="pallas",
+    )  # fmt: skip
     return jnp.sum(o.astype(jnp.float32)) + jnp.sum(state)
 
+  function = jax.vmap(gradients) if mapped else gradients
   with jax.sharding.use_abstract_mesh(mesh), dispatch.for_platform("gpu"):
-    assert delta_rule.supports(**arguments, segment_ids=None) is None
-    assert "segment_ids" in delta_rule.supports(**arguments, segment_ids=g)
-    state = struct((B, H, K, K), jnp.float32)
-    lowered = jax.jit(everything).trace(q, q, q, g, g, state).lower(lowering_platforms=("cuda",))
-  assert lowered.as_text().count("custom_call @mosaic_gpu_v2") >= 2
+    traced = jax.jit(function).trace(q, q, v, g, g, state, struct(B, T, dtype=jnp.int32))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("custom_call @mosaic_gpu_v2") == 4
