@@ -82,7 +82,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def forward(
-  q, k, v, log_decay, beta, state, document=None, *, scale, stages=2, terms=2, save=False,
+  q, k, v, log_decay, beta, state, document=None, *, scale, stages=3, terms=2, save=False,
   interpret=None,
 ):  # fmt: skip
   """Outputs, the final state, and with `save` what `backward` takes."""

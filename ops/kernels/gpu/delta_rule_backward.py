@@ -51,7 +51,7 @@ def state_gradients(
     part = pl.ds(lax.axis_index("block") * COLUMNS, COLUMNS)
     chunk = lambda n: chunks - 1 - n
 
-    def run(q_s, k_s, do_s, inverse_s, gates_s, scores_s, state_s, dv_s, left_s, *barriers):
+    def run(q_s, k_s, do_s, inverse_s, scores_s, state_s, dv_s, left_s, gates_s, *barriers):
       full, consumed, ready, taken = barriers
 
       def left(n, x):
@@ -171,9 +171,9 @@ def state_gradients(
     pl.run_scoped(
       run,
       tile(stages, C, K), tile(stages, C, K), tile(stages, C, COLUMNS), tile(stages, terms, C, C),
-      plgpu.SMEM((stages, *gates.shape[3:]), jnp.float32),
       tile(HANDED, C, C), tile(COLUMNS, K), tile(C, COLUMNS),
       tile(5, COLUMNS, K) if simulated else None,
+      plgpu.SMEM((stages, *gates.shape[3:]), jnp.float32),
       plgpu.Barrier(num_arrivals=4 + terms, num_barriers=stages),
       plgpu.Barrier(num_arrivals=2, num_barriers=stages),
       plgpu.Barrier(num_arrivals=1, num_barriers=HANDED),

@@ -51,7 +51,7 @@ def outputs(
     key_head = lax.div(head, jnp.int32(H // Hq))
     part = pl.ds(lax.axis_index("block") * COLUMNS, COLUMNS)
 
-    def run(q_s, k_s, v_s, inverse_s, gates_s, state_s, written_s, o_s, left_s, *barriers):
+    def run(q_s, k_s, v_s, inverse_s, state_s, written_s, left_s, gates_s, *barriers):
       full, consumed, state_ready, written_ready, taken = barriers
 
       def left(n, x):
@@ -132,6 +132,9 @@ def outputs(
             (C, C), q_s.at[slot], k_s.at[slot].transpose((1, 0)), meanwhile
           )
           scores = (scores * decays).astype(dtype)
+          # The outputs of the chunk before are in the place of its values.
+          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+          pl.when(n > 0)(lambda: release(lax.rem(n - 1, jnp.int32(stages))))
           plgpu.barrier_wait(state_ready.at[hand])
           across = mosaic.product((C, COLUMNS), q_s.at[slot], state_s.at[hand].transpose((1, 0)))
           across = across * along_rows(from_start, COLUMNS)
@@ -139,19 +142,17 @@ def outputs(
           if save:
             for source, target in zip((state_s, written_s), saved_hbm):
               plgpu.copy_smem_to_gmem(source.at[hand], target.at[batch, head, n, part])
-          o, _ = mosaic.accumulate_and(
-            simulated,
-            across,
-            [(left(3, scores), written_s.at[hand].transpose((1, 0)))],
-            lambda: release(slot),
-          )
+          inside = left(3, scores), written_s.at[hand].transpose((1, 0))
+          (o,) = mosaic.accumulate(simulated, (across, *inside))
           plgpu.wait_smem_to_gmem(0, wait_read_only=True)
           plgpu.barrier_arrive(taken.at[hand])
-          o_s[...] = o.astype(dtype)
+          v_s[slot] = o.astype(dtype)
           plgpu.commit_smem()
-          plgpu.copy_smem_to_gmem(o_s, o_hbm.at[batch, pl.ds(n * C, C), head, part])
+          target = o_hbm.at[batch, pl.ds(n * C, C), head, part]
+          plgpu.copy_smem_to_gmem(v_s.at[slot], target)
 
         plgpu.wait_smem_to_gmem(0)
+        release((chunks - 1) % stages)
 
       def both(wait, release):
         thread = lax.axis_index("thread")
@@ -165,9 +166,9 @@ def outputs(
     pl.run_scoped(
       run,
       tile(stages, C, K), tile(stages, C, K), tile(stages, C, COLUMNS), tile(stages, terms, C, C),
-      plgpu.SMEM((stages, *gates.shape[3:]), jnp.float32),
-      tile(HANDED, COLUMNS, K), tile(HANDED, COLUMNS, C), tile(C, COLUMNS),
+      tile(HANDED, COLUMNS, K), tile(HANDED, COLUMNS, C),
       tile(4, COLUMNS, K) if simulated else None,
+      plgpu.SMEM((stages, *gates.shape[3:]), jnp.float32),
       one_for_each(stages, 4 + terms), one_for_each(stages, 2),
       *[one_for_each(HANDED, 1)] * 3,
       collective_axes="thread",
