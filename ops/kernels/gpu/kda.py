@@ -1,0 +1,104 @@
+"""`linear_attention` with the delta rule and a decay per row of the state, on Hopper GPUs (KDA).
+
+All that knows the gates is done beforehand, for every chunk at once (`kda_operands.py`); the scan
+over chunks has plain products (`kda_forward.py`). The gradients follow the same plan: a scan from
+the right (`kda_backward.py`), then every chunk at once (`kda_gradients.py`).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from ops import dispatch
+from ops.kernels.gpu import delta_rule, scalar_decay
+
+CHUNK = scalar_decay.CHUNK
+TERMS = 2  # bfloat16 numbers for one of the inverse: see `delta_rule.py`
+
+
+def supports(*, q, v, log_decay, beta, segment_ids, **arguments) -> dispatch.Reason:
+  """Why the kernels cannot run `linear_attention` on these arguments; None if they can."""
+  if beta is None or log_decay is None or log_decay.ndim != 4:
+    return "it has the delta rule with one decay per row of the state only"
+  if segment_ids is not None:
+    return "it knows no segment_ids with the delta rule and one decay per row of the state"
+  if q.shape[2] != v.shape[2]:
+    heads = f"q has {q.shape[2]} and v {v.shape[2]}"
+    return f"it has no grouped heads with the delta rule and one decay per row, {heads}"
+  return scalar_decay.supports(q=q, v=v, log_decay=None, beta=None, segment_ids=None, **arguments)
+
+
+def run(tokens, state, scale, chunk_size, precision):
+  """Outputs [B T H 1 V] in bfloat16 and the final state [B H 1 K V]."""
+  q, k = (x.astype(jnp.bfloat16) for x in (tokens.q, tokens.k))
+  v = tokens.v[:, :, :, 0].astype(jnp.bfloat16)
+  g, beta = (x[:, :, :, 0].astype(jnp.float32) for x in (tokens.log_decay, tokens.beta))
+  o, state = attend(q, k, v, g, beta, state[:, :, 0].astype(jnp.float32), scale)
+  return o[:, :, :, None], state[:, :, None]
+
+
+def attend(q, k, v, log_decay, beta, state, scale, interpret=None):
+  """o [B T H V] and the final state for any T, with gradients.
+
+  Args:
+    q, k, v: bfloat16 [B T H K], [B T H V].
+    log_decay: float32 [B T H K], finite.
+    beta: float32 [B T H].
+    state: float32 [B H K V].
+    scale: multiplies q.
+    interpret: `plgpu.InterpretGPUParams()` to run on a CPU.
+  """
+  T = q.shape[1]
+  pad = -T % CHUNK
+  # A token of zeros without decay leaves the state as it is.
+  whole = lambda x: jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)) if pad else x
+  o, state = _attend(*map(whole, (q, k, v, log_decay, beta)), state, scale, interpret)
+  return o[:, :T], state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _attend(*arguments):
+  return _attend_forward(*arguments, save=False)[0]
+
+
+def _attend_forward(q, k, v, log_decay, beta, state, scale, interpret, save=True):
+  call = functools.partial(forward, scale=scale, save=save, interpret=interpret)
+  o, state, *saved = scalar_decay.folding_mapped_axes(call)(q, k, v, log_decay, beta, state)
+  return (o, state), (q, k, log_decay, beta, *saved)
+
+
+def _attend_backward(scale, interpret, residuals, cotangents):
+  call = functools.partial(backward, scale=scale, interpret=interpret)
+  return scalar_decay.folding_mapped_axes(call)(*residuals, *cotangents)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def forward(q, k, v, log_decay, beta, state, *, scale, save=False, interpret=None):
+  """Outputs, the final state, and with `save` what `backward` takes."""
+  from ops.kernels.gpu import kda_forward, kda_operands
+
+  steps = delta_rule.away_from_zero(beta).transpose(0, 2, 1)
+  operands = kda_operands.operands(q, k, log_decay, steps, scale, TERMS, interpret)
+  before = jnp.swapaxes(state, 2, 3)
+  o, state, *saved = kda_forward.outputs(*operands, v, before, save, interpret)
+  return o, jnp.swapaxes(state, 2, 3), *([*operands, *saved] if save else [])
+
+
+def backward(q, k, log_decay, beta, *saved, scale, interpret=None):
+  """Gradients of q, k, v, log_decay, beta and the state, from what `forward` saved."""
+  from ops.kernels.gpu import kda_backward, kda_gradients
+
+  *operands, before, written, do, dstate = saved
+  dv, dstate, after = kda_backward.state_gradients(
+    *operands, do, jnp.swapaxes(dstate, 2, 3), interpret
+  )
+  carry = operands[3]
+  dq, dk, dg, product = kda_gradients.gradients(
+    q, k, log_decay, do, dv, written, carry, before, after, scale, interpret
+  )
+  # The product has V' . dV with the sign of N.
+  dbeta = -product.transpose(0, 2, 1) / delta_rule.away_from_zero(beta) ** 2
+  return dq, dk, dv, dg, dbeta, jnp.swapaxes(dstate, 2, 3)

@@ -1,0 +1,178 @@
+"""What the scan over chunks takes for the delta rule with a decay per row of the state.
+
+With G the sums of gates from a chunk's start, up to its last C,
+
+  q~ = scale q exp(G)    k~ = k exp(G)    k^ = k exp(G_C - G)    carry = exp(G_C)
+  A_ij = scale sum_d q_id k_jd exp(G_id - G_jd), i >= j
+  T = (I + diag(beta) P)^-1 diag(beta),  P_ij = sum_d k_id k_jd exp(G_id - G_jd), i > j
+
+A program is one chunk of one head, all at the same time; a warpgroup has 64 of K, then one of the
+two matrices.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ops.kernels.gpu import delta_rule_inverse, mosaic
+from ops.kernels.gpu.delta_rule_forward import load_transposed
+from ops.kernels.gpu.kda_gates import (
+  CHUNK,
+  TERMS,
+  TILE,
+  for_each_level,
+  is_mild,
+  positions,
+  store_split,
+  sums,
+)
+from ops.kernels.gpu.mosaic import TILED, WGMMA, along_columns, along_rows
+from ops.triangular import unit_lower_inverse
+
+STRIDE = delta_rule_inverse.STRIDE
+
+
+def operands(q, k, log_decay, beta, scale: float, terms: int, interpret=None):
+  """q~, k~, k^ [B H T K] like q, carry float32 [B H N K], A [B H N C C] like q, and T as a sum of
+  `terms` matrices, [B H N terms C C] like q.
+
+  Args:
+    q, k: bfloat16 [B T H K], T a multiple of the chunk.
+    log_decay: float32 [B T H K].
+    beta: float32 [B H T].
+  """
+  B, T, H, K = q.shape
+  C, dtype, simulated = CHUNK, q.dtype, interpret is not None
+  W = K // TILE
+
+  def kernel(q_hbm, k_hbm, g_hbm, beta_hbm, *outputs):
+    *weighed_hbm, carry_hbm, scores_hbm, inverse_hbm = outputs
+    batch, head, chunk = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
+    rows = pl.ds(chunk * C, C)
+    w = lax.axis_index("thread")
+    mine = pl.ds(w * TILE, TILE)
+
+    def run(q_s, k_s, y_s, split_s, matrix_s, beta_s, carry_s, spare_s, left_s, full, met):
+      def left(x):
+        """The left operand of a product, in registers; the interpreter wants it in memory."""
+        if not simulated:
+          return x
+        left_s[w] = x
+        return left_s.at[w]
+
+      def meet():
+        plgpu.barrier_arrive(met)
+        plgpu.barrier_wait(met)
+
+      for source, target in ((q_hbm, q_s), (k_hbm, k_s)):
+        plgpu.copy_gmem_to_smem(source.at[batch, rows, head, mine], target.at[w], full.at[w])
+      plgpu.copy_gmem_to_smem(beta_hbm.at[batch, head, rows], beta_s.at[w], full.at[w])
+      g = plgpu.load(g_hbm.at[batch, rows, head, mine], layout=WGMMA, optimized=False)
+      split = split_s.at[w]
+      store_split(g, split)
+      plgpu.barrier_wait(full.at[w])
+      q, k = (plgpu.load(x.at[w], layout=WGMMA) for x in (q_s, k_s))
+      wide = lambda x: x.astype(jnp.float32)
+
+      i, j = positions()
+      from_start = jnp.exp(sums(i >= j, split, left))
+      q_s[w] = (wide(q) * from_start * scale).astype(dtype)
+      k_s[w] = (wide(k) * from_start).astype(dtype)
+      y_s[w] = (wide(k) * jnp.exp(sums(j > i, split, left))).astype(dtype)
+      total = sum(load_transposed(split.at[term], simulated).sum(1) for term in range(TERMS))
+      carry_s[w] = jnp.exp(total)
+      plgpu.commit_smem()
+      for source, target in zip((q_s, k_s, y_s), weighed_hbm):
+        plgpu.copy_smem_to_gmem(source.at[w], target.at[batch, head, rows, mine])
+      plgpu.copy_smem_to_gmem(carry_s.at[w], carry_hbm.at[batch, head, chunk, mine])
+      mild = is_mild(split, spare_s.at[w], left)
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+      def level(pairs_of, weights, columns, pairs):
+        """Adds to the scores of q, of k, or of both what a level gives."""
+        for x, target in ((q, q_s), (k, k_s)):
+          target[w] = (wide(x) * weights).astype(dtype)
+        y_s[w] = (wide(k) * columns).astype(dtype)
+        plgpu.commit_smem()
+        products = [
+          mosaic.product((C, C), x.at[w], y_s.at[w].transpose((1, 0))) for x in (q_s, k_s)
+        ]
+        kept = pairs(*positions())
+        return [x + jnp.where(kept, y, 0) for x, y in zip(pairs_of, products)]
+
+      scores, pairs = for_each_level(
+        mild, split, left, level, [mosaic.zeros(C, C), mosaic.zeros(C, C)]
+      )
+      i, j = positions()
+      scores = jnp.where(i == j, along_rows((wide(q) * wide(k)).sum(1), C), scores)
+
+      here = matrix_s.at[:, pl.ds(0, C)]
+      # Each warpgroup has the sums over its part of K: the first is given those of the scores.
+      if W == 2:
+
+        @pl.when(w == 1)
+        def _():
+          here[...] = scores
+
+        meet()
+
+      @pl.when(w == 0)
+      def _():
+        x = scores if W == 1 else scores + plgpu.load(here, layout=WGMMA, optimized=False)
+        q_s[0] = (x * scale).astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_s.at[0], scores_hbm.at[batch, head, chunk])
+        if W == 2:
+          here[...] = pairs
+
+      if W == 2:
+        meet()
+
+      @pl.when(w == W - 1)
+      def _():
+        step = plgpu.load(beta_s.at[w], layout=WGMMA.reduce(1))
+        x = pairs if W == 1 else pairs + plgpu.load(here, layout=WGMMA, optimized=False)
+        here[...] = x * along_rows(step, C)
+        if simulated:
+          here[...] = unit_lower_inverse(here[...])
+        else:
+          delta_rule_inverse._invert(matrix_s)
+        step = plgpu.load(beta_s.at[w], layout=WGMMA.reduce(0))
+        inverse = plgpu.load(here, layout=WGMMA, optimized=False) * along_columns(step, C)
+        tiles = (k_s, y_s)[:terms]
+        for target in tiles:
+          target[w] = inverse.astype(dtype)
+          inverse = inverse - wide(inverse.astype(dtype))
+        plgpu.commit_smem()
+        for term, source in enumerate(tiles):
+          plgpu.copy_smem_to_gmem(source.at[w], inverse_hbm.at[batch, head, chunk, term])
+
+      plgpu.wait_smem_to_gmem(0)
+
+    tile = lambda *shape: plgpu.SMEM((*shape, TILE, TILE), dtype, transforms=TILED)
+    vector = lambda: plgpu.SMEM((W, TILE), jnp.float32)
+    pl.run_scoped(
+      run,
+      tile(W), tile(W), tile(W), tile(W, TERMS), plgpu.SMEM((C, STRIDE), jnp.float32),
+      vector(), vector(), vector(), tile(W) if simulated else None,
+      plgpu.Barrier(num_arrivals=3, num_barriers=W), plgpu.Barrier(num_arrivals=W),
+      collective_axes="thread",
+    )  # fmt: skip
+
+  struct = jax.ShapeDtypeStruct
+  weighed = struct((B, H, T, K), dtype)
+  return plgpu.kernel(
+    kernel,
+    out_type=[
+      weighed, weighed, weighed, struct((B, H, T // C, K), jnp.float32),
+      struct((B, H, T // C, C, C), dtype), struct((B, H, T // C, terms, C, C), dtype),
+    ],
+    grid=(T // C, H, B),
+    grid_names=("chunk", "head", "batch"),
+    num_threads=W,
+    thread_name="thread",
+    interpret=interpret,
+    compiler_params=mosaic.PARAMS,
+  )(q, k, log_decay, beta)  # fmt: skip
