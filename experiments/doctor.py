@@ -51,12 +51,11 @@ def examine(
   for implementation in implementations:
     began, cells = time.perf_counter(), []
     for shape in subject.shapes(dtype, implementation):
-      if shape not in inputs:
-        inputs[shape] = [cast(subject.inputs(kind, shape), dtype) for kind in subject.families()]
       with _precision(dtype):
-        if not _can_run(subject, implementation, inputs[shape][0]):
+        if not _can_run(subject, implementation, shape, dtype):
           continue
       if shape not in references:
+        inputs[shape] = [cast(subject.inputs(kind, shape), dtype) for kind in subject.families()]
         references[shape] = _oracle(subject, shape, inputs[shape])
       function = functools.partial(subject.op, implementation=implementation)
       with _precision(dtype):
@@ -145,7 +144,8 @@ def _precision(dtype):
   return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
 
 
-def _can_run(subject, implementation, inputs) -> bool:
+def _can_run(subject, implementation, shape, dtype) -> bool:
+  inputs = cast(subject.inputs(subject.families()[0], shape), dtype) | _segments(shape)
   with ops.dispatch.recorded() as calls:
     jax.eval_shape(lambda inputs: subject.op(**inputs)[0], inputs)
   op = getattr(ops, calls[0].op)

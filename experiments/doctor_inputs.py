@@ -138,21 +138,28 @@ def _unit(x):
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """What is compiled for: a length, with or without packed documents.
+  """What is compiled for: sizes, with or without packed documents.
 
   Attributes:
     T: tokens.
-    K: width of keys.
+    K, V: widths of keys and values.
+    D, N: channels and state size of the diagonal ops.
     packed: whether rows hold several documents and padding.
   """
 
   T: int
   K: int = K
+  V: int = V
+  D: int = D
+  N: int = N
   packed: bool = False
 
   @property
   def name(self) -> str:
-    return f"T{self.T}" + (f" K{self.K}" if self.K != K else "") + " packed" * self.packed
+    sizes = {letter: getattr(self, letter) for letter in "KVDN"}
+    usual = {"K": K, "V": V, "D": D, "N": N}
+    unusual = [f"{letter}{size}" for letter, size in sizes.items() if size != usual[letter]]
+    return " ".join([f"T{self.T}", *unusual, *["packed"] * self.packed])
 
 
 def documents(T: int) -> np.ndarray:
@@ -177,6 +184,7 @@ class Subject:
     state: () -> the shape of the initial state for a `Shape`.
     traits: which families concern it.
     lengths: what it is compiled for.
+    wide: likewise, for kernels, whose tiles ask for whole widths.
     query: the argument that samples the size of the terms of gradients, see `doctor_limits.py`.
     factors: for gates: argument -> how much larger the terms of its gradient are, of the arrays.
   """
@@ -191,18 +199,21 @@ class Subject:
   query: str | None = None
   factors: dict[str, Callable[[dict], float]] = dataclasses.field(default_factory=dict)
   is_complex: bool = False
+  wide: tuple[Shape, ...] = ()
 
   def families(self) -> list[Family]:
     return [family for family in FAMILIES if family.concerns in self.traits]
 
   def shapes(self, dtype: str, implementation: str) -> tuple[Shape, ...]:
-    """Every length in float32; in bfloat16 the longest, in float64 packed documents."""
+    """Every length in float32; in bfloat16 the longest, in float64 packed documents; the wide ones
+    for kernels."""
     possible = [
       shape for shape in self.lengths if implementation != "parallel" or shape.T <= LONGEST_PARALLEL
     ]
     if dtype == "float64":
       return tuple(shape for shape in possible if shape.packed)
-    return tuple(possible if dtype == "float32" else possible[-1:])
+    wide = self.wide if implementation == "pallas" else ()
+    return (*(possible if dtype == "float32" else possible[-1:]), *wide)
 
   def inputs(self, family: Family, shape: Shape) -> dict[str, np.ndarray]:
     """Every array argument of one family, in float64 or complex128."""
@@ -215,7 +226,7 @@ class Subject:
 
 
 def _scan(family, rng, shape):
-  size = (B, shape.T, D)
+  size = (B, shape.T, shape.D)
   return {
     "a": np.exp(gates(family.gate, rng, size)),
     "b": values(family.value, rng, size),
@@ -224,7 +235,7 @@ def _scan(family, rng, shape):
 
 def _complex_scan(family, rng, shape):
   arrays = _scan(family, rng, shape)
-  turn = lambda: np.exp(1j * rng.uniform(-3.0, 3.0, size=(B, shape.T, D)))
+  turn = lambda: np.exp(1j * rng.uniform(-3.0, 3.0, size=(B, shape.T, shape.D)))
   return {name: x * turn() for name, x in arrays.items()}
 
 
@@ -235,20 +246,20 @@ def _steps(family, rng, size):
 
 
 def _selective(family, rng, shape):
-  dt, x = _steps(family, rng, (B, shape.T, D))
+  dt, x = _steps(family, rng, (B, shape.T, shape.D))
   return {
     "x": x,
     "dt": dt,
-    "A": -np.exp(rng.uniform(-2.0, 1.0, size=(D, N))),
-    "B": values("random", rng, (B, shape.T, N)),
-    "C": values("random", rng, (B, shape.T, N)),
-    "D": rng.normal(size=D),
+    "A": -np.exp(rng.uniform(-2.0, 1.0, size=(shape.D, shape.N))),
+    "B": values("random", rng, (B, shape.T, shape.N)),
+    "C": values("random", rng, (B, shape.T, shape.N)),
+    "D": rng.normal(size=shape.D),
   }
 
 
 def _conv(family, rng, shape):
-  x = values(family.value, rng, (B, shape.T, D))
-  return {"x": x, "weight": rng.normal(size=(W, D)), "bias": rng.normal(size=D)}
+  x = values(family.value, rng, (B, shape.T, shape.D))
+  return {"x": x, "weight": rng.normal(size=(W, shape.D)), "bias": rng.normal(size=shape.D)}
 
 
 def _attention(family, rng, shape, *, gate: str | None = None, delta: bool = False):
@@ -257,7 +268,7 @@ def _attention(family, rng, shape, *, gate: str | None = None, delta: bool = Fal
   arrays = {
     "q": values(family.query, rng, heads),
     "k": keys(family.key, rng, heads, unit=delta),
-    "v": values(family.value, rng, (B, shape.T, H, V)),
+    "v": values(family.value, rng, (B, shape.T, H, shape.V)),
   }
   if gate == "constant":
     arrays["g"] = gates(family.gate, rng, (1, 1, H))[0, 0]
@@ -273,7 +284,7 @@ def _ssd(family, rng, shape):
   groups = (B, shape.T, HQ, shape.K)
   A = -np.exp(rng.uniform(-1.0, 1.0, size=H))
   dt = gates(family.gate, rng, (B, shape.T, H)) / A
-  x = values(family.value, rng, (B, shape.T, H, V)) / np.maximum(dt, 1.0)[..., None]
+  x = values(family.value, rng, (B, shape.T, H, shape.V)) / np.maximum(dt, 1.0)[..., None]
   return {
     "x": x,
     "dt": dt,
@@ -290,7 +301,7 @@ def _plstm(family, rng, shape):
   return {
     "q": values(family.query, rng, heads),
     "k": keys(family.key, rng, heads, unit=False),
-    "v": values(family.value, rng, (B, shape.T, H, V)),
+    "v": values(family.value, rng, (B, shape.T, H, shape.V)),
     "source": rng.uniform(0.0, 1.0, size=size),
     "transition": np.exp(gates(family.gate, rng, size)) * np.where(rng.random(size) < 0.3, -1, 1),
     "mark": rng.uniform(0.0, 1.0, size=size),
@@ -304,8 +315,16 @@ def _attention_oracle(q, k, v, g=None, beta=None, **options):
   return reference.linear_attention(q, k, v, log_decay=g, beta=beta, **options)
 
 
-_matrix_state = lambda shape: (B, H, shape.K, V)
+_matrix_state = lambda shape: (B, H, shape.K, shape.V)
+_channels = lambda shape: (B, shape.D)
 _PACKED = Shape(17, packed=True)
+# Every pair of widths that there are kernels for, at lengths that end within a chunk.
+_WIDE = (
+  Shape(257, K=128, V=128),
+  Shape(65, K=64, V=128, packed=True),
+  Shape(191, K=128, V=64),
+  Shape(1, K=64, V=64),
+)
 
 
 def _front(name, traits, lengths, *, gate=None, delta=False, **others) -> Subject:
@@ -323,7 +342,7 @@ def _front(name, traits, lengths, *, gate=None, delta=False, **others) -> Subjec
     state=_matrix_state,
     traits=frozenset({"value", "key", *traits}),
     lengths=(Shape(1), Shape(short, K=1), Shape(packed, packed=True), Shape(long)),
-    **details,
+    **{"wide": _WIDE, **details},
   )
 
 
@@ -340,22 +359,24 @@ def _of_all_tokens(arrays):
 _DECAY = ("gate", "gate over time", "key and gate")
 SUBJECTS = (
   Subject(
-    "linear_scan", ops.linear_scan, reference.linear_scan, _scan, lambda shape: (B, D),
+    "linear_scan", ops.linear_scan, reference.linear_scan, _scan, _channels,
     frozenset({"value", "gate", "gate over time"}),
     (Shape(1), Shape(16), Shape(63), Shape(127), _PACKED, Shape(1000)),
+    wide=(Shape(1000, D=136), Shape(65, D=64, packed=True), Shape(1, D=8)),
   ),
   Subject(
     "linear_scan_complex", ops.linear_scan, reference.linear_scan, _complex_scan,
-    lambda shape: (B, D), frozenset({"value", "gate", "gate over time"}),
+    _channels, frozenset({"value", "gate", "gate over time"}),
     (Shape(15), Shape(64), _PACKED, Shape(257)), is_complex=True,
   ),
   Subject(
     "selective_scan", ops.selective_scan, reference.selective_scan, _selective,
-    lambda shape: (B, D, N), frozenset({"value", "gate", "gate over time"}),
+    lambda shape: (B, shape.D, shape.N), frozenset({"value", "gate", "gate over time"}),
     (Shape(1), _PACKED, Shape(65), Shape(1000)),
+    wide=(Shape(333, D=192, N=16), Shape(65, D=128, N=16, packed=True), Shape(1, D=128, N=16)),
   ),
   Subject(
-    "causal_conv", ops.causal_conv, reference.causal_conv, _conv, lambda shape: (B, W - 1, D),
+    "causal_conv", ops.causal_conv, reference.causal_conv, _conv, lambda shape: (B, W - 1, shape.D),
     frozenset({"value"}),
     (*(Shape(T) for T in (1, 15, 16, 17, 63, 64, 65, 127, 257)), _PACKED, Shape(1000)),
   ),
@@ -369,6 +390,6 @@ SUBJECTS = (
   _front("delta_rule", ("beta",), (16, 63, 257), delta=True),
   _front("gated_delta_rule", (*_DECAY, "beta"), (17, 65, 1000), gate="head", delta=True),
   _front("kda", (*_DECAY, "gate over channels", "beta"), (16, 64, 257), gate="channel", delta=True),
-  _front("plstm_1d", _DECAY, (17, 65, 1000), draw=_plstm, oracle=reference.plstm_1d,
+  _front("plstm_1d", _DECAY, (17, 65, 1000), draw=_plstm, oracle=reference.plstm_1d, wide=(),
          factors=dict.fromkeys(("source", "transition", "mark", "direct"), _per_head)),
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from experiments import doctor
 from experiments.doctor_inputs import FAMILIES, SUBJECTS, Shape, documents
 from experiments.doctor_limits import judge
 from experiments.errors import UserError
+from ops.kernels.gpu import linear_attention as kernels
+from ops.linear_attention_chunked import chunked
 from tests.quick_compilation import quick_compilation as quick_compilation
 
 CONV = dataclasses.replace(
@@ -56,6 +59,25 @@ def test_what_is_right_passes(dtype):
 def test_what_is_wrong_fails(change, tensor):
   failed = {cell.tensor for cell in examine(ill(change)).failures}
   assert tensor in failed
+
+
+def test_kernels_get_the_widths_they_are_for(monkeypatch):
+  def supports(*, q, segment_ids, **arguments):
+    return "too narrow" if q.shape[3] < 64 else "documents" if segment_ids is not None else None
+
+  def run(tokens, state, scale, chunk_size, precision):
+    return chunked(tokens._replace(q=scale * tokens.q), state, chunk_size, precision)
+
+  stand_in = types.SimpleNamespace(supports=supports, run=run)
+  monkeypatch.setattr(kernels, "_kernels", lambda *arguments: stand_in)
+  wide = (Shape(3, K=64, V=64), Shape(2, K=64, V=64, packed=True))
+  subject = next(subject for subject in SUBJECTS if subject.name == "retention")
+  subject = dataclasses.replace(subject, wide=wide, traits=frozenset({"gate"}))
+  (examination,) = doctor.examine(subject, "bfloat16", ["pallas"])
+  assert {cell.shape for cell in examination.cells} == {"T3 K64 V64"}
+  assert not examination.failures
+  of_kernels = {(shape.K, shape.V) for subject in SUBJECTS for shape in subject.wide}
+  assert of_kernels >= {(64, 64), (64, 128), (128, 64), (128, 128)}
 
 
 def test_limits():
