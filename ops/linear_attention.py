@@ -165,12 +165,13 @@ def linear_attention_step(
   log_decay: Float[Array, "B H"] | Float[Array, "B H K"] | None = None,
   beta: Float[Array, "B H"] | None = None,
   scale: float | None = None,
+  implementation: str | None = None,
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
   """One token of `linear_attention`: o [B H V] in the dtype of `v`, and the new state."""
   one = lambda x: None if x is None else x[:, None]
   o, state = linear_attention(
     one(q), one(k), one(v), log_decay=one(log_decay), beta=one(beta), scale=scale,
-    initial_state=state, implementation="recurrent",
+    initial_state=state, implementation=implementation,
   )  # fmt: skip
   return o[:, 0], state
 
@@ -267,7 +268,7 @@ def _parallel(tokens, state, scale, chunk_size, precision):
 
 def _preference(*, v, **arguments):
   # One token needs no scores.
-  return ["recurrent", "chunked"] if v.shape[1] == 1 else ["pallas", "chunked"]
+  return ["pallas", "recurrent"] if v.shape[1] == 1 else ["pallas", "chunked"]
 
 
 dispatch.declare(

@@ -1,21 +1,32 @@
-"""`linear_attention` on Hopper GPUs: which kernels serve which recurrence."""
+"""`linear_attention` on Hopper GPUs: which kernels serve which recurrence.
+
+The columns of a state know nothing of each other. Where there are more than a kernel has room for,
+a head is taken for several, side by side, with the same keys and gates.
+"""
+
+import jax
+import jax.numpy as jnp
 
 from ops import dispatch
 from ops.kernels import shards
-from ops.kernels.gpu import delta_rule, scalar_decay
+from ops.kernels.gpu import decode_step, delta_rule, scalar_decay
+
+WIDEST = 128  # columns of a state that a kernel has room for
 
 
 def supports(*, q, v, beta, **arguments) -> dispatch.Reason:
   """Why no kernel can run `linear_attention` on these arguments; None if one can."""
+  B, T, H, V = v.shape
+  v = jax.ShapeDtypeStruct((B, T, H * _blocks(V), V // _blocks(V)), v.dtype)
   shared = shards.refusal(B=q.shape[0], H=q.shape[2] if q.shape[2] > 1 else v.shape[2])
-  return _kernels(beta).supports(q=q, v=v, beta=beta, **arguments) or shared
+  return _kernels(v.shape[1], beta).supports(q=q, v=v, beta=beta, **arguments) or shared
 
 
 def run(tokens, state, scale, chunk_size, precision):
   """Outputs [B T Hq M V] in bfloat16 and the final state [B Hq M K V]."""
 
   def kernel(tokens, state):
-    return _kernels(tokens.beta).run(tokens, state, scale, chunk_size, precision)
+    return _kernels(tokens.v.shape[1], tokens.beta).run(tokens, state, scale, chunk_size, precision)
 
   B, _, Hq, M, _ = tokens.v.shape
   # Where one key head serves all heads, those are shared, and every device has the key head.
@@ -26,5 +37,11 @@ def run(tokens, state, scale, chunk_size, precision):
   )
 
 
-def _kernels(beta):
+def _blocks(V: int) -> int:
+  return V // WIDEST if V % WIDEST == 0 else 1
+
+
+def _kernels(T, beta):
+  if T == 1:
+    return decode_step
   return scalar_decay if beta is None else delta_rule
