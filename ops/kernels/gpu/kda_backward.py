@@ -67,35 +67,59 @@ def state_gradients(q, k, k_end, carry, scores, inverses, do, dstate, interpret=
           copy(inputs_hbm[5].at[batch, head, n, term], inverse_s.at[slot, term])
         copy(do_hbm.at[batch, rows, head, part], do_s.at[slot])
 
+      def solve(written, kept, values, slot, share):
+        """dV^T = dV'^T T, shared as soon as it is there, and the gradient of the state before."""
+        systems = [inverse_s.at[slot, n] for n in range(terms)]
+        if simulated:
+          dv = mosaic.products((COLUMNS, C), [(left(2, written), x) for x in systems])
+          share(dv)
+          back = left(3, (-dv).astype(dtype))
+          return kept + mosaic.products(
+            (COLUMNS, K), [(left(1, values), q_s.at[slot]), (back, k_s.at[slot])]
+          )
+
+        def body(solved, state):
+          for system in systems:
+            plgpu.wgmma(solved, written, system)
+          state[...] = kept
+          plgpu.wgmma(state, values, q_s.at[slot])
+          dv = plgpu.wgmma_accumulator_load(solved, wait_n=1)
+          plgpu.wgmma(state, (-dv).astype(dtype), k_s.at[slot])
+          share(dv)
+          return state[...]
+
+        accumulator = lambda width: plgpu.ACC((COLUMNS, width), jnp.float32)
+        return pl.run_scoped(body, accumulator(C), accumulator(K))
+
       def read(wait, release):
+        # What does not wait for the state's gradient is done while the tensor cores work.
         def step(n, state):
           slot = wait(n)
           narrow = state.astype(dtype)
-          values = left(0, load_transposed(do_s.at[slot], simulated).astype(dtype))
-          # What was stored of the chunk before is no longer read.
-          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-          state_s[...] = narrow
-          plgpu.commit_smem()
-          plgpu.copy_smem_to_gmem(state_s, after_hbm.at[batch, head, chunk(n), part])
-          written = mosaic.products(
-            (COLUMNS, C),
-            [(values, scores_s.at[slot]), (left(1, narrow), end_s.at[slot].transpose((1, 0)))],
+
+          def while_reading():
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            state_s[...] = narrow
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(state_s, after_hbm.at[batch, head, chunk(n), part])
+            values = load_transposed(do_s.at[slot], simulated).astype(dtype)
+            carry = plgpu.load(carry_s.at[slot], layout=WGMMA.reduce(0))
+            kept = state * along_columns(carry, COLUMNS)
+            inside = mosaic.product((COLUMNS, C), left(1, values), scores_s.at[slot])
+            return inside, values, kept
+
+          across, (inside, values, kept) = mosaic.product_and(
+            (COLUMNS, C), left(0, narrow), end_s.at[slot].transpose((1, 0)), while_reading
           )
-          written = left(2, written.astype(dtype))
-          dv = mosaic.products(
-            (COLUMNS, C), [(written, inverse_s.at[slot, n]) for n in range(terms)]
-          )
-          store_transposed(dv_s, dv.astype(dtype), simulated)
-          plgpu.commit_smem()
-          rows = pl.ds(chunk(n) * C, C)
-          plgpu.copy_smem_to_gmem(dv_s, dv_hbm.at[batch, rows, head, part])
-          carry = plgpu.load(carry_s.at[slot], layout=WGMMA.reduce(0))
-          state = state * along_columns(carry, COLUMNS)
-          terms_of = [(values, q_s.at[slot]), (left(3, (-dv).astype(dtype)), k_s.at[slot])]
-          if simulated:
-            state += mosaic.products((COLUMNS, K), terms_of)
-          else:
-            (state,) = mosaic.accumulate_sums((state, terms_of))
+          written = (across + inside).astype(dtype)
+
+          def share(dv):
+            store_transposed(dv_s, dv.astype(dtype), simulated)
+            plgpu.commit_smem()
+            rows = pl.ds(chunk(n) * C, C)
+            plgpu.copy_smem_to_gmem(dv_s, dv_hbm.at[batch, rows, head, part])
+
+          state = solve(written, kept, values, slot, share)
           release(slot)
           return state
 

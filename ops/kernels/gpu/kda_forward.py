@@ -49,7 +49,7 @@ def outputs(q, k, k_end, carry, scores, inverses, v, state, save=False, interpre
     part = pl.ds(lax.axis_index("block") * COLUMNS, COLUMNS)
 
     def run(q_s, k_s, end_s, carry_s, scores_s, inverse_s, v_s, state_s, written_s, *rest):
-      o_s, left_s, full, consumed, ready, taken = rest
+      o_s, left_s, full, consumed, state_ready, written_ready, taken = rest
 
       def left(n, x):
         """The left operand of a product, in registers; the interpreter wants it in memory."""
@@ -71,29 +71,39 @@ def outputs(q, k, k_end, carry, scores, inverses, v, state, save=False, interpre
         copy(v_hbm.at[batch, rows, head, part], v_s.at[slot])
 
       def write(wait, release):
+        # What does not wait for the state is done while the tensor cores work.
         def step(n, state):
           slot, hand = wait(n), lax.rem(n, jnp.int32(HANDED))
-          pl.when(n >= HANDED)(lambda: plgpu.barrier_wait(taken.at[hand]))
           narrow = state.astype(dtype)
-          state_s[hand] = narrow
 
-          def meanwhile():
-            carry = plgpu.load(carry_s.at[slot], layout=WGMMA.reduce(0))
-            return load_transposed(v_s.at[slot], simulated), carry
+          def while_reading():
+            pl.when(n >= HANDED)(lambda: plgpu.barrier_wait(taken.at[hand]))
+            state_s[hand] = narrow
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(state_ready.at[hand])
+            return load_transposed(v_s.at[slot], simulated)
 
-          read, (values, carry) = mosaic.product_and(
-            (COLUMNS, C), left(0, narrow), k_s.at[slot].transpose((1, 0)), meanwhile
+          read, values = mosaic.product_and(
+            (COLUMNS, C), left(0, narrow), k_s.at[slot].transpose((1, 0)), while_reading
           )
           residual = left(1, (values - read).astype(dtype))
-          written = mosaic.products(
-            (COLUMNS, C),
-            [(residual, inverse_s.at[slot, n].transpose((1, 0))) for n in range(terms)],
-          ).astype(dtype)
-          written_s[hand] = written
-          plgpu.commit_smem()
-          plgpu.barrier_arrive(ready.at[hand])
-          kept = state * along_columns(carry, COLUMNS)
-          (state,) = mosaic.accumulate(simulated, (kept, left(2, written), end_s.at[slot]))
+
+          def while_solving():
+            carry = plgpu.load(carry_s.at[slot], layout=WGMMA.reduce(0))
+            return state * along_columns(carry, COLUMNS)
+
+          systems = [(residual, inverse_s.at[slot, n].transpose((1, 0))) for n in range(terms)]
+          written, kept = mosaic.products_and((COLUMNS, C), systems, while_solving)
+          written = written.astype(dtype)
+
+          def while_writing():
+            written_s[hand] = written
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(written_ready.at[hand])
+
+          state, _ = mosaic.accumulate_and(
+            simulated, kept, [(left(2, written), end_s.at[slot])], while_writing
+          )
           release(slot)
           return state
 
@@ -106,17 +116,14 @@ def outputs(q, k, k_end, carry, scores, inverses, v, state, save=False, interpre
         @pl.loop(jnp.int32(0), jnp.int32(chunks))
         def _(n):
           slot, hand = wait(n), lax.rem(n, jnp.int32(HANDED))
-          plgpu.barrier_wait(ready.at[hand])
+          plgpu.barrier_wait(state_ready.at[hand])
+          across = mosaic.product((C, COLUMNS), q_s.at[slot], state_s.at[hand].transpose((1, 0)))
+          plgpu.barrier_wait(written_ready.at[hand])
           if save:
             for source, target in zip((state_s, written_s), saved_hbm):
               plgpu.copy_smem_to_gmem(source.at[hand], target.at[batch, head, n, part])
-          o = mosaic.products(
-            (C, COLUMNS),
-            [
-              (q_s.at[slot], state_s.at[hand].transpose((1, 0))),
-              (scores_s.at[slot], written_s.at[hand].transpose((1, 0))),
-            ],
-          )
+          inside = scores_s.at[slot], written_s.at[hand].transpose((1, 0))
+          (o,) = mosaic.accumulate(simulated, (across, *inside))
           release(slot)
           plgpu.wait_smem_to_gmem(0, wait_read_only=True)
           plgpu.barrier_arrive(taken.at[hand])
@@ -143,8 +150,7 @@ def outputs(q, k, k_end, carry, scores, inverses, v, state, save=False, interpre
       tile(3, COLUMNS, K) if simulated else None,
       plgpu.Barrier(num_arrivals=6 + terms, num_barriers=stages),
       plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-      plgpu.Barrier(num_arrivals=1, num_barriers=HANDED),
-      plgpu.Barrier(num_arrivals=1, num_barriers=HANDED),
+      *[plgpu.Barrier(num_arrivals=1, num_barriers=HANDED)] * 3,
       collective_axes="thread",
     )  # fmt: skip
 
