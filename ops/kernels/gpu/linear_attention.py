@@ -4,6 +4,8 @@ The columns of a state know nothing of each other. Where there are more than a k
 a head is taken for several, side by side, with the same keys and gates.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -32,9 +34,28 @@ def run(tokens, state, scale, chunk_size, precision):
   # Where one key head serves all heads, those are shared, and every device has the key head.
   keys, values, states = ("B T H", "B T H", "B H") if Hq > 1 else ("B T", "B T Hq H", "B Hq H")
   letters = tokens._replace(q=keys, k=keys, v=values, log_decay=values, beta=values, segments="B T")
+  run = functools.partial(_side_by_side, kernel)
   return shards.on_shards(
-    kernel, (letters, states), (values, states), (tokens, state), B=B, H=Hq if Hq > 1 else M
+    run, (letters, states), (values, states), (tokens, state), B=B, H=Hq if Hq > 1 else M
   )
+
+
+def _side_by_side(kernel, tokens, state):
+  """`kernel(tokens, state)`, of heads no wider than it has room for."""
+  v, (*_, K, V) = tokens.v, state.shape
+  n = _blocks(V)
+  if n == 1:
+    return kernel(tokens, state)
+  repeat = lambda x: None if x is None else jnp.repeat(x, n, axis=3)
+  by_block = tokens._replace(
+    v=v.reshape(*v.shape[:3], -1, V // n),
+    log_decay=repeat(tokens.log_decay),
+    beta=repeat(tokens.beta),
+  )
+  states = jnp.moveaxis(state.reshape(*state.shape[:3], K, n, -1), 4, 3)
+  o, states = kernel(by_block, states.reshape(*state.shape[:2], -1, K, V // n))
+  states = states.reshape(*state.shape[:3], n, K, -1)
+  return o.reshape(v.shape), jnp.moveaxis(states, 3, 4).reshape(state.shape)
 
 
 def _blocks(V: int) -> int:

@@ -15,7 +15,7 @@ from ops.kernels.gpu import linear_attention as kernels
 from ops.linear_attention_chunked import chunked
 from tests.quick_compilation import quick_compilation  # noqa: F401
 
-B, T, K, V = 4, 6, 4, 2
+B, T, K, V = 4, 6, 4, 4
 AXES = ("data", "fsdp", "tensor", "seq")
 
 
@@ -55,6 +55,7 @@ class StandIn:
 def stand_in(monkeypatch):
   monkeypatch.setattr(StandIn, "shapes", [], raising=False)
   monkeypatch.setattr(kernels, "_kernels", lambda *arguments: StandIn)
+  monkeypatch.setattr(kernels, "WIDEST", V)
 
 
 def _value_and_gradients(implementation):
@@ -86,7 +87,17 @@ def test_devices_share_rows_and_heads(heads, mesh, given):
     lowered = program.lower(jax.tree.map(place, inputs), place(segment_ids))
     actual = lowered.compile()(jax.tree.map(place, inputs), place(segment_ids))
   assert set((q, v) for q, v, _ in StandIn.shapes) >= {given}
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), actual, expected)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-5, 1e-5), actual, expected)
+
+
+def test_wide_heads_are_several_side_by_side(monkeypatch):
+  inputs = _inputs((2, 4))
+  segment_ids = inputs.pop("segment_ids")
+  expected = _value_and_gradients("chunked")(inputs, segment_ids)
+  monkeypatch.setattr(kernels, "WIDEST", V // 2)
+  actual = _value_and_gradients("pallas")(inputs, segment_ids)
+  assert StandIn.shapes == [((B, T, 2, K), (B, T, 2, 4, 2), (B, 2, 4, K, 2))]
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-5, 1e-5), actual, expected)
 
 
 def test_nothing_is_gathered():
