@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ops import dispatch
 from ops.kernels.gpu import scalar_decay
-from ops.kernels.gpu.delta_rule_gates import chunk_gates
+from ops.kernels.gpu.delta_rule_gates import EVERY, chunk_gates
 from ops.kernels.gpu.scalar_decay import CHUNK, FLOOR, folding_mapped_axes
 from ops.segments import where_mask
 
@@ -52,7 +52,7 @@ def attend(q, k, v, log_decay, beta, state, document, scale, interpret=None):
     interpret: `plgpu.InterpretGPUParams()` to run on a CPU.
   """
   T = q.shape[1]
-  pad = -T % CHUNK
+  pad = -T % (CHUNK * EVERY)
   if pad:
     whole = lambda x, **mode: jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2), **mode)
     # A token of zeros without decay leaves the state as it is.
@@ -108,14 +108,16 @@ def backward(
   interpret=None,
 ):  # fmt: skip
   """Gradients of q, k, v, log_decay, beta and the state, from what `forward` saved."""
-  from ops.kernels.gpu import delta_rule_backward as kernels
+  from ops.kernels.gpu import delta_rule_backward, delta_rule_gradients
 
   (B, T, H), Hq = do.shape[:3], q.shape[2]
   gates = chunk_gates(log_decay, document)
-  dv, dstate, after = kernels.state_gradients(
+  dv, dstate, after = delta_rule_backward.state_gradients(
     q, k, do, gates, inverses, jnp.swapaxes(dstate, 2, 3), scale, stages, interpret
   )
-  dq, dk, parts = kernels.gradients(q, k, do, dv, written, gates, before, after, scale, interpret)
+  dq, dk, parts = delta_rule_gradients.gradients(
+    q, k, do, dv, written, gates, before, after, scale, interpret
+  )
   if Hq != H:
     group = lambda x: x.reshape(B, T, Hq, H // Hq, -1).astype(jnp.float32).sum(3).astype(x.dtype)
     dq, dk = group(dq), group(dk)

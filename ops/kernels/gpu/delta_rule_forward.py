@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ops.kernels.gpu import mosaic
-from ops.kernels.gpu.delta_rule_gates import FROM_START, TO_END, pairs
+from ops.kernels.gpu.delta_rule_gates import EVERY, FROM_START, TO_END, pairs
 from ops.kernels.gpu.mosaic import TILED, WGMMA, along_columns, along_rows
 from ops.kernels.gpu.scalar_decay import CHUNK
 
@@ -30,8 +30,8 @@ HANDED = 2  # chunks between the two warpgroups
 def outputs(
   q, k, v, gates, inverses, state, scale: float, stages: int = 3, save=False, interpret=None
 ):
-  """Outputs [B T H V], the final state [B H V K], and with `save` bfloat16 [B H N V K] and
-  [B H N V C]: the state before each chunk, and V', transposed.
+  """Outputs [B T H V], the final state [B H V K], and with `save` bfloat16 [B H N/2 V K] and
+  [B H N V C]: the state before each pair of chunks, and V', transposed.
 
   Args:
     q, k, v: [B T Hq K], [B T H V], T a multiple of the chunk.
@@ -140,8 +140,12 @@ def outputs(
           across = across * along_rows(from_start, COLUMNS)
           plgpu.barrier_wait(written_ready.at[hand])
           if save:
-            for source, target in zip((state_s, written_s), saved_hbm):
-              plgpu.copy_smem_to_gmem(source.at[hand], target.at[batch, head, n, part])
+            states_hbm, all_written_hbm = saved_hbm
+            target = all_written_hbm.at[batch, head, n, part]
+            plgpu.copy_smem_to_gmem(written_s.at[hand], target)
+            target = states_hbm.at[batch, head, lax.div(n, jnp.int32(EVERY)), part]
+            first = lax.rem(n, jnp.int32(EVERY)) == 0
+            pl.when(first)(lambda: plgpu.copy_smem_to_gmem(state_s.at[hand], target))
           inside = left(3, scores), written_s.at[hand].transpose((1, 0))
           (o,) = mosaic.accumulate(simulated, (across, *inside))
           plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -175,7 +179,7 @@ def outputs(
     )  # fmt: skip
 
   struct = jax.ShapeDtypeStruct
-  saved = [struct((B, H, chunks, V, K), dtype), struct((B, H, chunks, V, C), dtype)]
+  saved = [struct((B, H, chunks // EVERY, V, K), dtype), struct((B, H, chunks, V, C), dtype)]
   return plgpu.kernel(
     kernel,
     out_type=[

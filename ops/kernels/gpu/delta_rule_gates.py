@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ops.kernels.gpu.scalar_decay import CHUNK, FLOOR, document_before
 
+EVERY = 2  # chunks for each state that is kept for the gradients
 SUMS, FROM_START, TO_END, DOCUMENTS = range(4)
 
 
