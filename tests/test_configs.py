@@ -146,6 +146,7 @@ def test_the_austen_models_differ_in_nothing_but_the_model(arg):
     ("gated_deltanet", "130m", 107_309_628),
     ("gated_deltanet", "340m", 347_036_712),
     ("gated_deltanet", "1b3", 1_387_348_732),
+    ("gated_deltanet", "340m_k128", 347_120_124),
     ("gated_deltanet", "kda_1b3", 1_390_941_568),
     ("retnet", "1b3", 1_351_727_104),
     ("mamba2", "130m", 128_989_632),
