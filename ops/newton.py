@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from ops import dispatch
 from ops.affine_scan import Plan, choose_plan, from_windows, to_windows
+from ops.kernels.gpu import newton as kernels
 from ops.newton_cells import Cell, check_step, floating_dtype, guess_state_shape
 from ops.newton_solve import Options, Report, Tokens, recurrent, solve
 from ops.precision import varying_like
@@ -105,8 +106,9 @@ class Problem(NamedTuple):
     """The implementation that runs it, these tokens being one of so many parts."""
     length = parts * jax.tree.leaves(self.tokens.x)[0].shape[1]
     return dispatch.choose(
-      "newton_scan", implementation, cell=self.cell, x=self.tokens.x,
+      "newton_scan", implementation, cell=self.cell, params=self.params, x=self.tokens.x,
       initial_state=self.state, length=length, segment_ids=self.segment_ids, options=self.options,
+      parts=parts,
     )  # fmt: skip
 
   def answer(self, h: Array, final_state: Array, report: Report | None):
@@ -243,6 +245,9 @@ dispatch.declare(
     ),
     "parallel": dispatch.Implementation(
       _parallel, dispatch.anything, "Newton: a few linear scans, log T or sqrt T depth"
+    ),
+    "pallas": dispatch.Implementation(
+      kernels.run, kernels.supports, "T steps in one kernel, exact, states in registers"
     ),
   },
   _preference,

@@ -1,0 +1,238 @@
+"""The loop of a nonlinear recurrence over all tokens in one kernel, and its gradients in another.
+
+  h_t = f(h_{t-1}, x_t)          l_t = g_t + (df/dh at t+1)^T l_{t+1},   dx_t = (df/dx at t)^T l_t
+
+A thread owns a channel, its state and its parameters in registers; a warpgroup of them walks over
+the tokens, which another one fetches, some at a time, into a ring in shared memory. A step takes as
+long as the chain of operations from state to state. The gradients' chain is short: everything but
+l is there beforehand.
+
+The first piece of the sequence takes what is left over by whole tiles of tokens.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ops.kernels.gpu import mosaic
+from ops.kernels.gpu.newton_cell import ChannelCell
+
+CHANNELS = 128  # of a program: its threads
+TILE = 8  # tokens fetched together
+KINDS = 32  # fetched with them: no copy is of fewer than 128 bytes
+STAGES = 4  # tiles in shared memory
+START, PADDING = 1, 2  # what a token's `kind` may be, beside 0
+PARAMS = plgpu.CompilerParams(
+  approx_math=True,
+  lowering_semantics=plgpu.LoweringSemantics.Lane,
+  # No thread reads what another writes, but for what is fetched.
+  unsafe_no_auto_barriers=True,
+)
+
+
+class _Tiles:
+  """A sequence in tiles: one of the first `head` tokens, from 1 to a tile, and whole ones."""
+
+  def __init__(self, T: int):
+    self.size = min(TILE, T)
+    self.whole = (T - 1) // self.size
+    self.head = T - self.whole * self.size
+
+  def start(self, n):
+    """The first token of tile n, of which the first has n = 0."""
+    return jnp.where(n == 0, 0, self.head + (n - 1) * self.size)
+
+
+def loop(cell: ChannelCell, params, state, kinds, xs, *, interpret=None):
+  """All states, float32 [B T M D].
+
+  Args:
+    params: float32 [B P D], D a multiple of `CHANNELS`.
+    state: float32 [B M D], before the first token.
+    kinds: int32 [B T'] with T' >= T + `KINDS`, a multiple of 4; None is all 0.
+    xs: a list of float32 [B T X D].
+  """
+  (B, T, _, D), M = xs[0].shape, state.shape[1]
+  tiles, count = _Tiles(T), len(xs)
+
+  def kernel(params_hbm, state_hbm, kinds_hbm, *refs):
+    xs_hbm, h_hbm = refs[:count], refs[count]
+    batch, here = lax.axis_index("batch"), _channels()
+    own = [params_hbm[batch, i, here] for i in range(params.shape[1])]
+
+    def run(tokens_s, kinds_s, full, consumed):
+      sources = [(x_hbm, tiles.start) for x_hbm in xs_hbm]
+      fetch = _fetcher(sources, tokens_s, kinds_hbm, kinds_s, full, tiles.start)
+
+      def read(wait, release):
+        def tile(n, length, h):
+          slot = wait(n)
+          for i in range(length):
+            kind = None if kinds is None else kinds_s[slot, i]
+            new = map(_by_thread, cell.step(own, _reset(kind, h), _numbers(tokens_s, slot, i)))
+            h = tuple(new) if kind is None else _select(kind == PADDING, h, new)
+            for m in range(M):
+              h_hbm[batch, tiles.start(n) + i, m, here] = h[m]
+          release(slot)
+          return h
+
+        h = tuple(state_hbm[batch, m, here] for m in range(M))
+        h = tile(jnp.int32(0), tiles.head, h)
+        lax.fori_loop(1, tiles.whole + 1, lambda n, h: tile(n, tiles.size, h), h)
+
+      steps = jnp.int32(tiles.whole + 1)
+      mosaic.load_and_read(steps, STAGES, 1, fetch, read, full, consumed, interpret is not None)
+
+    _with_ring(run, tiles.size, xs, kinds)
+
+  return _launch(
+    kernel, "newton_loop", jax.ShapeDtypeStruct((B, T, M, D), jnp.float32), B, D, interpret
+  )(params, state, kinds, *xs)
+
+
+def loop_gradients(cell: ChannelCell, params, state, kinds, xs, h, g, *, interpret=None):
+  """Gradients of params [B P D], of the state [B M D] and of xs, from those of all states.
+
+  Args:
+    h, g: float32 [B T M D], what `loop` returned and its cotangents; the rest is as there.
+  """
+  (B, T, _, D), (P, M) = xs[0].shape, (params.shape[1], state.shape[1])
+  tiles, count = _Tiles(T), len(xs)
+
+  def kernel(params_hbm, state_hbm, kinds_hbm, *refs):
+    tokens_hbm, (dparams_hbm, dstate_hbm, *dxs_hbm) = refs[: count + 2], refs[count + 2 :]
+    batch, here = lax.axis_index("batch"), _channels()
+    own = [params_hbm[batch, i, here] for i in range(P)]
+    first = [state_hbm[batch, m, here] for m in range(M)]
+
+    def run(tokens_s, kinds_s, full, consumed):
+      *xs_s, g_s, before_s = tokens_s
+      start = lambda step: tiles.start(tiles.whole - step)
+      *others_hbm, h_hbm = tokens_hbm
+      sources = [(x_hbm, start) for x_hbm in others_hbm]
+      # The states that the tokens met.
+      sources.append((h_hbm, lambda step: jnp.maximum(start(step) - 1, 0)))
+      fetch = _fetcher(sources, tokens_s, kinds_hbm, kinds_s, full, start)
+
+      def read(wait, release):
+        def tile(step, length, carry, head):
+          slot = wait(step)
+          for i in reversed(range(length)):
+            l, sums = carry
+            kind = None if kinds is None else kinds_s[slot, i]
+            row = i - head  # a token has no token before it at the beginning
+            before = first if row < 0 else _numbers([before_s], slot, row)
+            l = [ours + later for ours, later in zip(_numbers([g_s], slot, i), l)]
+            x = _numbers(xs_s, slot, i)
+            dparams, dh, dx = cell.pull_back(own, _reset(kind, before), x, l)
+            if kind is not None:
+              zeros = lambda numbers: [jnp.zeros_like(number) for number in numbers]
+              padding = kind == PADDING
+              dparams, dx = (_select(padding, zeros(d), d) for d in (dparams, dx))
+              dh = _select(padding, l, _reset(kind, dh))
+            carry = tuple(map(_by_thread, dh)), tuple(s + d for s, d in zip(sums, dparams))
+            at = start(step) + i
+            for dx_hbm, d in zip(dxs_hbm, _split(dx, [x.shape[2] for x in xs])):
+              for n, number in enumerate(d):
+                dx_hbm[batch, at, n, here] = number
+          release(slot)
+          return carry
+
+        nothing = _by_thread(jnp.zeros(CHANNELS, jnp.float32))
+        carry = (nothing,) * M, (nothing,) * P
+        whole = jnp.int32(tiles.whole)
+        carry = lax.fori_loop(0, whole, lambda n, c: tile(n, tiles.size, c, 0), carry)
+        dstate, dparams = tile(whole, tiles.head, carry, 1)
+        for m in range(M):
+          dstate_hbm[batch, m, here] = dstate[m]
+        for i in range(P):
+          dparams_hbm[batch, i, here] = dparams[i]
+
+      mosaic.load_and_read(
+        jnp.int32(tiles.whole + 1), STAGES, 1, fetch, read, full, consumed, interpret is not None
+      )
+
+    _with_ring(run, tiles.size, [*xs, g, h], kinds)
+
+  shapes = [params.shape, state.shape, *(x.shape for x in xs)]
+  out = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  dparams, dstate, *dxs = _launch(kernel, "newton_loop_gradients", out, B, D, interpret)(
+    params, state, kinds, *xs, g, h
+  )
+  return dparams, dstate, dxs
+
+
+def _channels():
+  """Those of this program."""
+  return pl.ds(lax.axis_index("block") * CHANNELS, CHANNELS)
+
+
+def _with_ring(run, size, tokens, kinds):
+  """Calls `run(tokens_s, kinds_s, full, consumed)` with rings of tiles in shared memory."""
+  ring = lambda x: plgpu.SMEM((STAGES, size, x.shape[2], CHANNELS), jnp.float32)
+  rings = [ring(x) for x in tokens]
+  kinds_ring = None if kinds is None else plgpu.SMEM((STAGES, KINDS), jnp.int32)
+  copies = len(rings) + (kinds is not None)
+
+  pl.run_scoped(
+    lambda kinds_s, full, consumed, *tokens_s: run(tokens_s, kinds_s, full, consumed),
+    kinds_ring,
+    plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES),
+    plgpu.Barrier(num_arrivals=1, num_barriers=STAGES),
+    *rings,
+    collective_axes="thread",
+  )  # fmt: skip
+
+
+def _fetcher(sources, tokens_s, kinds_hbm, kinds_s, full, start):
+  """`fetch(step, slot)`; sources are arrays [B T N D] and the first token of each step."""
+  batch, here = lax.axis_index("batch"), _channels()
+
+  def fetch(step, slot):
+    for (source, first), target in zip(sources, tokens_s):
+      rows = pl.ds(first(step), target.shape[1])
+      plgpu.copy_gmem_to_smem(source.at[batch, rows, :, here], target.at[slot], full.at[slot])
+    if kinds_hbm is not None:
+      rows = pl.ds(start(step), KINDS)
+      plgpu.copy_gmem_to_smem(kinds_hbm.at[batch, rows], kinds_s.at[slot], full.at[slot])
+
+  return fetch
+
+
+def _numbers(tokens_s, slot, i):
+  """A token's numbers of this thread's channel."""
+  return [ref[slot, i, n] for ref in tokens_s for n in range(ref.shape[2])]
+
+
+def _by_thread(number):
+  """In a register of each thread, also where all are the same: what a loop carries."""
+  return plgpu.layout_cast(number, plgpu.Layout.WG_STRIDED((CHANNELS,), vec_size=1))
+
+
+def _reset(kind, h):
+  return h if kind is None else _select(kind == START, [jnp.zeros_like(x) for x in h], h)
+
+
+def _select(condition, chosen, other):
+  return tuple(jnp.where(condition, x, y) for x, y in zip(chosen, other))
+
+
+def _split(numbers, counts):
+  numbers = list(numbers)
+  return [[numbers.pop(0) for _ in range(count)] for count in counts]
+
+
+def _launch(kernel, name, out_type, B, D, interpret):
+  return plgpu.kernel(
+    kernel,
+    out_type=out_type,
+    grid=(D // CHANNELS, B),
+    grid_names=("block", "batch"),
+    num_threads=2,
+    thread_name="thread",
+    interpret=interpret,
+    compiler_params=PARAMS,
+    kernel_name=name,
+  )
