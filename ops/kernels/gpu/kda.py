@@ -17,32 +17,30 @@ CHUNK = scalar_decay.CHUNK
 TERMS = 2  # bfloat16 numbers for one of the inverse: see `delta_rule.py`
 
 
-def supports(*, q, v, log_decay, beta, segment_ids, **arguments) -> dispatch.Reason:
+def supports(*, log_decay, beta, segment_ids, **arguments) -> dispatch.Reason:
   """Why the kernels cannot run `linear_attention` on these arguments; None if they can."""
   if beta is None or log_decay is None or log_decay.ndim != 4:
     return "it has the delta rule with one decay per row of the state only"
   if segment_ids is not None:
     return "it knows no segment_ids with the delta rule and one decay per row of the state"
-  if q.shape[2] != v.shape[2]:
-    heads = f"q has {q.shape[2]} and v {v.shape[2]}"
-    return f"it has no grouped heads with the delta rule and one decay per row, {heads}"
-  return scalar_decay.supports(q=q, v=v, log_decay=None, beta=None, segment_ids=None, **arguments)
+  return scalar_decay.supports(log_decay=None, beta=None, segment_ids=None, **arguments)
 
 
 def run(tokens, state, scale, chunk_size, precision):
-  """Outputs [B T H 1 V] in bfloat16 and the final state [B H 1 K V]."""
-  q, k = (x.astype(jnp.bfloat16) for x in (tokens.q, tokens.k))
-  v = tokens.v[:, :, :, 0].astype(jnp.bfloat16)
-  g, beta = (x[:, :, :, 0].astype(jnp.float32) for x in (tokens.log_decay, tokens.beta))
-  o, state = attend(q, k, v, g, beta, state[:, :, 0].astype(jnp.float32), scale)
-  return o[:, :, :, None], state[:, :, None]
+  """Outputs [B T Hq M V] in bfloat16 and the final state [B Hq M K V]."""
+  heads = lambda x: x.reshape(*x.shape[:2], -1, *x.shape[4:])
+  q, k, v = (x.astype(jnp.bfloat16) for x in (tokens.q, tokens.k, heads(tokens.v)))
+  g, beta = (heads(x).astype(jnp.float32) for x in (tokens.log_decay, tokens.beta))
+  flat = state.astype(jnp.float32).reshape(v.shape[0], v.shape[2], *state.shape[3:])
+  o, flat = attend(q, k, v, g, beta, flat, scale)
+  return o.reshape(tokens.v.shape), flat.reshape(state.shape)
 
 
 def attend(q, k, v, log_decay, beta, state, scale, interpret=None):
   """o [B T H V] and the final state for any T, with gradients.
 
   Args:
-    q, k, v: bfloat16 [B T H K], [B T H V].
+    q, k, v: bfloat16 [B T Hq K], [B T H V]; H is a multiple of Hq.
     log_decay: float32 [B T H K], finite.
     beta: float32 [B T H].
     state: float32 [B H K V].
@@ -99,6 +97,9 @@ def backward(q, k, log_decay, beta, *saved, scale, interpret=None):
   dq, dk, dg, product = kda_gradients.gradients(
     q, k, log_decay, do, dv, written, carry, before, after, scale, interpret
   )
+  if k.shape[2] != do.shape[2]:
+    group = lambda x: x.reshape(*k.shape[:3], -1, k.shape[3]).astype(jnp.float32).sum(3)
+    dq, dk = group(dq).astype(q.dtype), group(dk).astype(k.dtype)
   # The product has V' . dV with the sign of N.
   dbeta = -product.transpose(0, 2, 1) / delta_rule.away_from_zero(beta) ** 2
   return dq, dk, dv, dg, dbeta, jnp.swapaxes(dstate, 2, 3)

@@ -57,28 +57,21 @@ def to_border(i, j, half):
   return here & ((right & (j <= i)) | ((i & half == 0) & (j > i)))
 
 
-def is_mild(split, spare, left: Callable):
-  """Whether the first level is enough; `spare` is float32 [C] of shared memory."""
-  i, j = positions()
-  spare[...] = sums(to_border(i, j, CHUNK // 2), split, left).min(1)
-  # Rows at the ends are the farthest from the border.
-  return jnp.minimum(spare[0], spare[CHUNK - 1]) > -LARGEST
-
-
-def for_each_level(mild, split, left: Callable, body: Callable, carried):
+def for_each_level(split, spare, left: Callable, body: Callable, carried):
   """`body(carried, rows, columns, pairs)` for every level: weights [C TILE] of x and y, and
-  `pairs(i, j)`, the mask of what their product gives."""
+  `pairs(i, j)`, the mask of what their product gives. `spare` is float32 [C] of shared memory."""
 
-  def one(level, carried):
-    half = lax.shift_right_logical(jnp.int32(CHUNK // 2), level)
-    exponent = sums(to_border(*positions(), half), split, left)
-    # Beyond the border the weights are turned over where one level gives all.
-    other = exponent * jnp.where(mild, -1.0, 1.0)
-    right = (positions(TILE)[0] & half) != 0
-    rows = jnp.exp(jnp.where(right, exponent, other))
-    columns = jnp.exp(jnp.where(right, other, exponent))
-    first = jnp.where(mild, 1, half)
-    last = jnp.where(mild, CHUNK, 2 * half)
+  def one(half, exponent, mild, carried):
+    # Beyond the border the weights are turned over where the first level gives all.
+    if mild is None:
+      rows = columns = jnp.exp(exponent)
+      first, last = half, 2 * half
+    else:
+      other = exponent * jnp.where(mild, -1.0, 1.0)
+      right = (positions(TILE)[0] & half) != 0
+      rows = jnp.exp(jnp.where(right, exponent, other))
+      columns = jnp.exp(jnp.where(right, other, exponent))
+      first, last = jnp.where(mild, 1, half), jnp.where(mild, CHUNK, 2 * half)
 
     def pairs(i, j):
       differ = i ^ j
@@ -86,5 +79,17 @@ def for_each_level(mild, split, left: Callable, body: Callable, carried):
 
     return body(carried, rows, columns, pairs)
 
-  levels = jnp.where(mild, 1, CHUNK.bit_length() - 1)
-  return lax.fori_loop(jnp.int32(0), levels.astype(jnp.int32), one, carried)
+  exponents = lambda half: sums(to_border(*positions(), half), split, left)
+  half = jnp.int32(CHUNK // 2)
+  exponent = exponents(half)
+  spare[...] = exponent.min(1)
+  # Rows at the ends are the farthest from the border.
+  mild = jnp.minimum(spare[0], spare[CHUNK - 1]) > -LARGEST
+  carried = one(half, exponent, mild, carried)
+
+  def more(level, carried):
+    smaller = lax.shift_right_logical(half, level)
+    return one(smaller, exponents(smaller), None, carried)
+
+  levels = jnp.where(mild, 1, CHUNK.bit_length() - 1).astype(jnp.int32)
+  return lax.fori_loop(jnp.int32(1), levels, more, carried)

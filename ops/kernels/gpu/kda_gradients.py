@@ -28,7 +28,6 @@ from ops.kernels.gpu.kda_gates import (
   TERMS,
   TILE,
   for_each_level,
-  is_mild,
   positions,
   store_split,
   sums,
@@ -37,16 +36,16 @@ from ops.kernels.gpu.mosaic import TILED, WGMMA, along_columns, along_rows
 
 
 def gradients(q, k, log_decay, do, dv, written, carry, before, after, scale: float, interpret=None):
-  """dq, dk [B T H K] like q, float32 dg [B T H K] and V' . dV [B H T].
+  """dq, dk [B T H K] like q, for each head of V, float32 dg [B T H K] and V' . dV [B H T].
 
   Args:
-    q, k, do, dv: bfloat16 [B T H K], [B T H V], T a multiple of the chunk.
+    q, k, do, dv: bfloat16 [B T Hq K], [B T H V], T a multiple of the chunk, H of Hq.
     log_decay: float32 [B T H K].
     written: [B H N V C] like `q`, V'.
     carry: float32 [B H N K], the decay over a chunk.
     before, after: [B H N V K] like `q`, the states before and their gradients after each chunk.
   """
-  B, T, H, K = q.shape
+  (B, T, H, K), Hq = log_decay.shape, q.shape[2]
   V, C, dtype, simulated = do.shape[-1], CHUNK, q.dtype, interpret is not None
   W, blocks = K // TILE, V // TILE
 
@@ -54,6 +53,7 @@ def gradients(q, k, log_decay, do, dv, written, carry, before, after, scale: flo
     before_hbm, after_hbm, dq_hbm, dk_hbm, dg_hbm, product_hbm = rest
     batch, head, chunk = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
     rows = pl.ds(chunk * C, C)
+    key_head = lax.div(head, jnp.int32(H // Hq))
     w = lax.axis_index("thread")
     tile = lambda n: pl.ds(n * TILE, TILE)
 
@@ -89,7 +89,7 @@ def gradients(q, k, log_decay, do, dv, written, carry, before, after, scale: flo
         fetch_states(before_hbm, 1)
 
       for source, target in ((q_hbm, q_s), (k_hbm, k_s)):
-        here = source.at[batch, rows, head, tile(w)]
+        here = source.at[batch, rows, key_head, tile(w)]
         plgpu.copy_gmem_to_smem(here, target.at[w], mine.at[w])
       plgpu.copy_gmem_to_smem(carry_hbm.at[batch, head, chunk, tile(w)], carry_s.at[w], mine.at[w])
 
@@ -100,7 +100,6 @@ def gradients(q, k, log_decay, do, dv, written, carry, before, after, scale: flo
       g = plgpu.load(g_hbm.at[batch, rows, head, tile(w)], layout=WGMMA, optimized=False)
       store_split(g, split)
       from_start = jnp.exp(sums(i >= j, split, left))
-      mild = is_mild(split, spare_s.at[w], left)
 
       plgpu.barrier_wait(ready[0])
 
@@ -143,7 +142,9 @@ def gradients(q, k, log_decay, do, dv, written, carry, before, after, scale: flo
         columns += opposite * total([(left(m, 2), q_s.at[w]), (left(n, 3), k_s.at[w])])
         return [dq, dk, columns]
 
-      dq, dk, columns = for_each_level(mild, split, left, level, [dq, dk, mosaic.zeros(C, TILE)])
+      dq, dk, columns = for_each_level(
+        split, spare_s.at[w], left, level, [dq, dk, mosaic.zeros(C, TILE)]
+      )
       i, j = positions()
       # These weights come from the gates, whose place db, y and z take below.
       to_end = jnp.exp(sums(j > i, split, left))
@@ -188,10 +189,11 @@ def gradients(q, k, log_decay, do, dv, written, carry, before, after, scale: flo
       collective_axes="thread",
     )  # fmt: skip
 
-  like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+  struct = jax.ShapeDtypeStruct
+  keys = struct(log_decay.shape, dtype)
   return plgpu.kernel(
     kernel,
-    out_type=[like(q), like(k), like(log_decay), jax.ShapeDtypeStruct((B, H, T), jnp.float32)],
+    out_type=[keys, keys, struct(log_decay.shape, jnp.float32), struct((B, H, T), jnp.float32)],
     grid=(T // C, H, B),
     grid_names=("chunk", "head", "batch"),
     num_threads=W,

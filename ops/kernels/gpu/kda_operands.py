@@ -23,7 +23,6 @@ from ops.kernels.gpu.kda_gates import (
   TERMS,
   TILE,
   for_each_level,
-  is_mild,
   positions,
   store_split,
   sums,
@@ -39,11 +38,11 @@ def operands(q, k, log_decay, beta, scale: float, terms: int, interpret=None):
   `terms` matrices, [B H N terms C C] like q.
 
   Args:
-    q, k: bfloat16 [B T H K], T a multiple of the chunk.
+    q, k: bfloat16 [B T Hq K], T a multiple of the chunk; H is a multiple of Hq.
     log_decay: float32 [B T H K].
     beta: float32 [B H T].
   """
-  B, T, H, K = q.shape
+  (B, T, H, K), Hq = log_decay.shape, q.shape[2]
   C, dtype, simulated = CHUNK, q.dtype, interpret is not None
   W = K // TILE
 
@@ -51,6 +50,7 @@ def operands(q, k, log_decay, beta, scale: float, terms: int, interpret=None):
     *weighed_hbm, carry_hbm, scores_hbm, inverse_hbm = outputs
     batch, head, chunk = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
     rows = pl.ds(chunk * C, C)
+    key_head = lax.div(head, jnp.int32(H // Hq))
     w = lax.axis_index("thread")
     mine = pl.ds(w * TILE, TILE)
 
@@ -67,7 +67,7 @@ def operands(q, k, log_decay, beta, scale: float, terms: int, interpret=None):
         plgpu.barrier_wait(met)
 
       for source, target in ((q_hbm, q_s), (k_hbm, k_s)):
-        plgpu.copy_gmem_to_smem(source.at[batch, rows, head, mine], target.at[w], full.at[w])
+        plgpu.copy_gmem_to_smem(source.at[batch, rows, key_head, mine], target.at[w], full.at[w])
       plgpu.copy_gmem_to_smem(beta_hbm.at[batch, head, rows], beta_s.at[w], full.at[w])
       g = plgpu.load(g_hbm.at[batch, rows, head, mine], layout=WGMMA, optimized=False)
       split = split_s.at[w]
@@ -87,7 +87,6 @@ def operands(q, k, log_decay, beta, scale: float, terms: int, interpret=None):
       for source, target in zip((q_s, k_s, y_s), weighed_hbm):
         plgpu.copy_smem_to_gmem(source.at[w], target.at[batch, head, rows, mine])
       plgpu.copy_smem_to_gmem(carry_s.at[w], carry_hbm.at[batch, head, chunk, mine])
-      mild = is_mild(split, spare_s.at[w], left)
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
       def level(pairs_of, weights, columns, pairs):
@@ -103,7 +102,7 @@ def operands(q, k, log_decay, beta, scale: float, terms: int, interpret=None):
         return [x + jnp.where(kept, y, 0) for x, y in zip(pairs_of, products)]
 
       scores, pairs = for_each_level(
-        mild, split, left, level, [mosaic.zeros(C, C), mosaic.zeros(C, C)]
+        split, spare_s.at[w], left, level, [mosaic.zeros(C, C), mosaic.zeros(C, C)]
       )
       i, j = positions()
       scores = jnp.where(i == j, along_rows((wide(q) * wide(k)).sum(1), C), scores)

@@ -21,23 +21,24 @@ needs_mosaic = pytest.mark.skipif(
 @needs_mosaic
 @pytest.mark.parametrize("gates", ["mild", "strong"])
 def test_values_and_gradients(gates):
-  """Correlated keys, beta up to 2, a chunk that is not full; gates of one level and of all."""
+  """Correlated keys, beta up to 2, a chunk that is not full, two heads of values for one of keys;
+  gates of one level, and of all."""
   from jax.experimental.pallas import mosaic_gpu as plgpu
 
-  T, K, V = 70, 64, 64
+  T, H, K, V = 70, 2, 64, 64
   rng = np.random.default_rng(0)
-  q, k, v = (rng.standard_normal((1, T, 1, n)) for n in (K, K, V))
+  q, k, v = (rng.standard_normal((1, T, *heads)) for heads in ((1, K), (1, K), (H, V)))
   k = np.maximum(k, -0.3)
   q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-  log_decay = -np.log1p(np.exp(-rng.standard_normal((1, T, 1, K)))) / 16
+  log_decay = -np.log1p(np.exp(-rng.standard_normal((1, T, H, K)))) / 16
   if gates == "strong":
     log_decay[rng.random(log_decay.shape) < 0.1] = -20.0
     log_decay[:, 40, :, ::2] = -1e4
     log_decay[..., 0] = 0.0
   inputs = {name: jnp.asarray(x, jnp.bfloat16) for name, x in {"q": q, "k": k, "v": v}.items()} | {
     "log_decay": jnp.asarray(log_decay, jnp.float32),
-    "beta": jnp.asarray(2 * rng.random((1, T, 1)), jnp.float32),
-    "initial_state": jnp.asarray(rng.standard_normal((1, 1, K, V)), jnp.float32),
+    "beta": jnp.asarray(2 * rng.random((1, T, H)), jnp.float32),
+    "initial_state": jnp.asarray(rng.standard_normal((1, H, K, V)), jnp.float32),
   }
 
   def kernel(q, k, v, log_decay, beta, initial_state):
