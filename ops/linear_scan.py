@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact, Int
 
 from ops import affine, dispatch
+from ops.kernels.gpu import linear_scan as kernels
 from ops.precision import state_dtype, varying_like
 from ops.segments import find_segments, where_mask
 from ops.time_axis import splits_time
@@ -43,7 +44,7 @@ def linear_scan(
     segment_ids: int32 [B T], documents and padding (negative), see `ops.segments`.
     reverse: scan from the right.
     implementation: "recurrent" (one token after the other), "parallel" (associative scan),
-      "chunked", or None.
+      "chunked", "pallas" (a kernel for Hopper GPUs, real only), or None.
     chunk_size: tokens per chunk of "chunked"; None chooses.
 
   Returns:
@@ -64,7 +65,7 @@ def linear_scan(
   dispatch.check_dtypes(initial_state=initial_state, complex_allowed=is_complex)
   dispatch.check_segment_ids(segment_ids)
   dispatch.check_chunk_size(chunk_size)
-  _, run = dispatch.choose(
+  name, run = dispatch.choose(
     "linear_scan", implementation, a=a, b=b, initial_state=initial_state, segment_ids=segment_ids,
     reverse=reverse, chunk_size=chunk_size,
   )  # fmt: skip
@@ -72,11 +73,14 @@ def linear_scan(
   out_dtype = jnp.result_type(b.dtype, dtype) if jnp.iscomplexobj(a) else b.dtype
   if initial_state is None:
     initial_state = jnp.zeros((a.shape[0], a.shape[2]), dtype)
-  a, b, state = (x.astype(dtype) for x in (a, b, initial_state))
-  state = varying_like(state, a, b, segment_ids)
+  state = varying_like(initial_state.astype(dtype), a, b, segment_ids)
   segments = start = None
   if segment_ids is not None:
     segments = find_segments(segment_ids, reverse=reverse)
+  if name == "pallas":
+    return run(a, b, state, segments, reverse)
+  a, b = a.astype(dtype), b.astype(dtype)
+  if segments is not None:
     a, b, start = where_mask(segments.real, a, 1.0), where_mask(segments.real, b), segments.start
   if reverse:
     a, b, start = (None if x is None else jnp.flip(x, 1) for x in (a, b, start))
@@ -176,7 +180,7 @@ def _preference(a, **arguments):
     return ["recurrent", "chunked", "parallel"]
   if dispatch.platform() == "tpu":  # where XLA's associative scan moves its array tens of times
     return ["chunked", "parallel", "recurrent"]
-  return ["parallel", "chunked", "recurrent"]
+  return ["pallas", "parallel", "chunked", "recurrent"]
 
 
 dispatch.declare(
@@ -189,7 +193,7 @@ dispatch.declare(
     "chunked": dispatch.Implementation(
       _chunked, dispatch.anything, "C + T/C steps, three passes over memory"
     ),
-    "pallas": dispatch.NO_KERNEL,
+    "pallas": dispatch.Implementation(kernels.scan, kernels.supports, "one pass over memory"),
   },
   _preference,
 )

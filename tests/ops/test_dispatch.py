@@ -25,7 +25,7 @@ def test_explain_names_what_runs_and_why_the_others_do_not(capsys):
   lines = {line.split()[0]: line for line in text.splitlines()}
   assert "runs" in lines["recurrent"]
   assert "recurrent is preferred" in lines["parallel"]
-  assert "no kernel" in lines["pallas"]
+  assert "it is for Hopper GPUs, this is a cpu" in lines["pallas"]
 
 
 def test_explain_needs_shapes_only_and_follows_the_platform():
@@ -40,7 +40,7 @@ def test_explain_needs_shapes_only_and_follows_the_platform():
 
 
 def test_an_order_that_cannot_be_followed_says_why():
-  with pytest.raises(ValueError, match="'pallas' cannot run: there is no kernel"):
+  with pytest.raises(ValueError, match="'pallas' cannot run: it is for Hopper GPUs"):
     ops.linear_scan(*scan_inputs(), implementation="pallas")
   with pytest.raises(
     ValueError, match="'magic' is not one of recurrent, parallel, chunked, pallas"
