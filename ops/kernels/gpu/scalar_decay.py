@@ -6,7 +6,8 @@ they run: older versions of jax lack what they use.
 Gates enter as sums within a chunk of 64 tokens, and pairs as differences of such sums. A sum over a
 very strong decay would leave few digits to the gates beside it, so that none counts for more than
 63: what is left of a state then, 4e-28 of it, is nothing beside the next token, and sums stay below
-4096, where differences are good to 5e-4, finer than the operands' own 4e-3.
+4096, where differences are good to 5e-4, finer than the operands' own 4e-3. Where a document starts
+there is nothing to decay: a gate of -128 there makes exactly 0 of all that lies before it.
 
 Where B H is less than the GPU has multiprocessors, the sequence is cut in segments: a first kernel
 finds what each adds to the state, all at once, and their states follow one from the other.
@@ -24,7 +25,7 @@ from ops.segments import where_mask
 CHUNK = 64  # tokens: the rows of one wgmma
 WIDTHS = (64, 128)  # K and V for which there are tilings
 FLOOR = -63.0
-EVERY = 1  # chunks for each state that is kept for the gradients; 2 is slower on an H100
+NOTHING = -128.0  # its exponential is 0 in float32
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 MULTIPROCESSORS = 132
 
@@ -79,7 +80,7 @@ def attend(q, k, v, log_decay, state, document, scale, interpret=None):
     interpret: `plgpu.InterpretGPUParams()` to run on a CPU.
   """
   T = q.shape[1]
-  pad = -T % (CHUNK * EVERY)
+  pad = -T % CHUNK
   if pad:
     whole = lambda x, **mode: jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2), **mode)
     # A token of zeros without decay leaves the state as it is.
@@ -91,11 +92,11 @@ def attend(q, k, v, log_decay, state, document, scale, interpret=None):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _attend(*arguments):
-  return _attend_forward(*arguments, save_every=0)[0]
+  return _attend_forward(*arguments, save=False)[0]
 
 
-def _attend_forward(q, k, v, log_decay, state, document, scale, interpret, save_every=EVERY):
-  call = functools.partial(forward, scale=scale, save_every=save_every, interpret=interpret)
+def _attend_forward(q, k, v, log_decay, state, document, scale, interpret, save=True):
+  call = functools.partial(forward, scale=scale, save=save, interpret=interpret)
   o, state, *before = folding_mapped_axes(call)(q, k, v, log_decay, state, document)
   return (o, state), (q, k, v, log_decay, document, *before)
 
@@ -125,23 +126,19 @@ def folding_mapped_axes(function: Callable) -> Callable:
   return folding
 
 
-def gates_by_chunk(log_decay, document):
-  """`log_decay` [B T H] summed, and starts in `document` [B T] counted, from each chunk's start."""
-  from ops.kernels.gpu.scalar_decay_gates import Gates
-
+def sums_of_gates(log_decay, document):
+  """[B H T]: `log_decay` [B T H] summed from the start of each chunk, the token's own included."""
   B, T, H = log_decay.shape
-  chunks = (B, T // CHUNK, CHUNK)
-  g = jnp.maximum(log_decay, FLOOR).reshape(*chunks, H)
-  sums = jnp.cumsum(g, axis=2).reshape(B, T, H).transpose(0, 2, 1)
-  if document is None:
-    return Gates(sums, None)
-  within = document.reshape(chunks) - document_before(document, CHUNK)[:, :, None]
-  return Gates(sums, within.reshape(B, T).astype(jnp.float32))
+  gates = jnp.maximum(log_decay, FLOOR)
+  if document is not None:
+    gates = where_mask(_goes_on(document), gates, NOTHING)
+  sums = jnp.cumsum(gates.reshape(B, T // CHUNK, CHUNK, H), axis=2)
+  return sums.reshape(B, T, H).transpose(0, 2, 1)
 
 
-def document_before(document, tokens: int):
-  """[B N]: the document of the token before each piece of so many tokens; 0 before the first."""
-  return jnp.pad(document[:, :-1][:, tokens - 1 :: tokens], ((0, 0), (1, 0)))
+def _goes_on(document):
+  """[B T]: whether the token goes on with the document before it, 0 before the first."""
+  return document == jnp.pad(document[:, :-1], ((0, 0), (1, 0)))
 
 
 def choose_tiling(heads: int, chunks: int, V: int):
@@ -157,62 +154,71 @@ def choose_tiling(heads: int, chunks: int, V: int):
 
 
 def forward(
-  q, k, v, log_decay, state, document=None, *, scale, tiling=None, states_tiling=None,
-  save_every=0, interpret=None,
-):  # fmt: skip
-  """Outputs, the final state, and with `save_every` the states before every n-th chunk."""
+  q, k, v, log_decay, state, document=None, *, scale, tiling=None, save=False, interpret=None
+):
+  """Outputs, the final state, and with `save` the states before every chunk."""
   from ops.kernels.gpu import scalar_decay_forward as kernels
 
   (B, T, H), V = v.shape[:3], v.shape[3]
-  chunks = T // CHUNK
-  tiling = tiling or choose_tiling(B * H, chunks, V)
-  per_segment = -(-chunks // tiling.segments)
-  if save_every:
-    per_segment = -(-per_segment // save_every) * save_every
-  segments = -(-chunks // per_segment)
-  tiling = tiling._replace(segments=segments)
-  gates = gates_by_chunk(log_decay, document)
+  gates = sums_of_gates(log_decay, document)
+  tiling, per_segment = cut(tiling or choose_tiling(B * H, T // CHUNK, V), T // CHUNK)
   starts = [state]
-  if segments > 1:
-    before = (states_tiling or tiling)._replace(segments=segments - 1)
-    (added,) = kernels.boundary_states(k, v, gates, None, per_segment, before, interpret=interpret)
-    ends = gates.sums[:, :, CHUNK - 1 :: CHUNK][:, :, : per_segment * (segments - 1)]
-    decays = jnp.exp(jnp.sum(ends.reshape(B, H, segments - 1, per_segment), 3))
-    if document is not None:
-      here = document_before(document, per_segment * CHUNK)
-      decays = jnp.where((here[:, 1:] == here[:, :-1])[:, None], decays, 0)
-    for i in range(segments - 1):
+  if tiling.segments > 1:
+    before = tiling._replace(segments=tiling.segments - 1)
+    added = kernels.boundary_states(k, v, gates, per_segment, before, interpret=interpret)
+    decays = decays_of_segments(gates, per_segment)
+    for i in range(tiling.segments - 1):
       starts.append(decays[:, :, i, None, None] * starts[-1] + added[:, :, i])
   starts = jnp.stack(starts, axis=2)
-  return kernels.outputs(q, k, v, gates, starts, scale, per_segment, tiling, save_every, interpret)
+  return kernels.outputs(q, k, v, gates, starts, scale, per_segment, tiling, save, interpret)
 
 
 def backward(
-  q, k, v, log_decay, document, before, do, dstate, *, scale, every=EVERY, tiling=None,
-  interpret=None,
-):  # fmt: skip
-  """Gradients of q, k, v, log_decay and the state, from the states before every n-th chunk."""
+  q, k, v, log_decay, document, before, do, dstate, *, scale, tiling=None, interpret=None
+):
+  """Gradients of q, k, v, log_decay and the state, from the states before every chunk."""
   from ops.kernels.gpu import scalar_decay_backward as kernels
   from ops.kernels.gpu import scalar_decay_forward as scans
 
-  (B, T, H), Hq = v.shape[:3], q.shape[2]
-  gates = gates_by_chunk(log_decay, document)
-  tiling = tiling or scans.Tiling(1, 4, 64)
-  dstates, after = scans.boundary_states(
-    q, do, gates, dstate[:, :, None], T // CHUNK, tiling, scale=scale, save_every=every,
-    interpret=interpret,
-  )  # fmt: skip
-  dq, dk, dv, parts = kernels.gradients(q, k, v, do, gates, before, after, scale, every, interpret)
+  (B, T, H), Hq, V = v.shape[:3], q.shape[2], v.shape[3]
+  gates = sums_of_gates(log_decay, document)
+  segments = max(1, min(MULTIPROCESSORS // (B * H), T // CHUNK // 8))
+  tiling, per_segment = cut(tiling or scans.Tiling(segments, 2, V), T // CHUNK)
+  ends = [dstate]
+  if tiling.segments > 1:
+    after = tiling._replace(segments=tiling.segments - 1)
+    added = scans.boundary_states(
+      q, do, gates, per_segment, after, scale=scale, interpret=interpret
+    )
+    decays = decays_of_segments(gates, per_segment)
+    for i in range(tiling.segments - 1, 0, -1):
+      ends.append(decays[:, :, i, None, None] * ends[-1] + added[:, :, i - 1])
+  ends = jnp.stack(ends[::-1], axis=2)
+  dq, dk, dv, parts, dstate = kernels.gradients(
+    q, k, v, do, gates, before, ends, scale, per_segment, interpret
+  )
   if Hq != H:
     group = lambda x: x.reshape(B, T, Hq, H // Hq, -1).astype(jnp.float32).sum(3).astype(x.dtype)
     dq, dk = group(dq), group(dk)
-  db, constant = jnp.moveaxis(parts.sum(2).reshape(B, H, 2, -1, every * CHUNK), 2, 0)
+  db, constant = jnp.moveaxis(parts.sum(2).reshape(B, H, 2, -1, CHUNK), 2, 0)
   dg = _sum_from_each_on(db, constant.sum(3, keepdims=True), document)
   dg = jnp.where(log_decay < FLOOR, 0, dg.reshape(B, H, T).transpose(0, 2, 1))
   if document is not None:
-    # There is no state to decay where a document starts.
-    dg = where_mask(document == document_before(document, 1), dg)
-  return dq, dk, dv, dg, dstates[:, :, 0]
+    dg = where_mask(_goes_on(document), dg)
+  return dq, dk, dv, dg, dstate
+
+
+def cut(tiling, chunks: int):
+  """`tiling` with as many segments as are not empty, and the chunks of each."""
+  per_segment = -(-chunks // tiling.segments)
+  return tiling._replace(segments=-(-chunks // per_segment)), per_segment
+
+
+def decays_of_segments(gates, per_segment: int):
+  """[B H S]: what is left of a state after each segment of so many chunks."""
+  ends = gates[:, :, CHUNK - 1 :: CHUNK]
+  ends = jnp.pad(ends, ((0, 0), (0, 0), (0, -ends.shape[2] % per_segment)))
+  return jnp.exp(ends.reshape(*ends.shape[:2], -1, per_segment).sum(3))
 
 
 def _sum_from_each_on(db, constant, document):
