@@ -131,14 +131,14 @@ def sums_of_gates(log_decay, document):
   B, T, H = log_decay.shape
   gates = jnp.maximum(log_decay, FLOOR)
   if document is not None:
-    gates = where_mask(_goes_on(document), gates, NOTHING)
+    gates = where_mask(document == document_before(document, 1), gates, NOTHING)
   sums = jnp.cumsum(gates.reshape(B, T // CHUNK, CHUNK, H), axis=2)
   return sums.reshape(B, T, H).transpose(0, 2, 1)
 
 
-def _goes_on(document):
-  """[B T]: whether the token goes on with the document before it, 0 before the first."""
-  return document == jnp.pad(document[:, :-1], ((0, 0), (1, 0)))
+def document_before(document, tokens: int):
+  """[B N]: the document of the token before each piece of so many tokens; 0 before the first."""
+  return jnp.pad(document[:, :-1][:, tokens - 1 :: tokens], ((0, 0), (1, 0)))
 
 
 def choose_tiling(heads: int, chunks: int, V: int):
@@ -204,7 +204,7 @@ def backward(
   dg = _sum_from_each_on(db, constant.sum(3, keepdims=True), document)
   dg = jnp.where(log_decay < FLOOR, 0, dg.reshape(B, H, T).transpose(0, 2, 1))
   if document is not None:
-    dg = where_mask(_goes_on(document), dg)
+    dg = where_mask(document == document_before(document, 1), dg)
   return dq, dk, dv, dg, dstate
 
 
