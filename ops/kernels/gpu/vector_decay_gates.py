@@ -95,9 +95,7 @@ def level_masks(level: jax.Array) -> tuple[jax.Array, jax.Array]:
   return between, (apart >= half) & (apart < whole) & (i >= j)
 
 
-def pair_scores(
-  q: Sequence, k: Sequence, terms: Callable, mine: Sequence, mask, q_s, k_s, meet: Callable
-) -> jax.Array:
+def pair_scores(q, k, terms: Callable, mine: Sequence, mask, q_s, k_s, meet: Callable) -> jax.Array:
   """q_i . k_j exp(g_j+1 + .. + g_i) for i >= j, else 0, for gates of any strength.
 
   Args:
