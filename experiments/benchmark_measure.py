@@ -1,9 +1,6 @@
 """Measures the implementations of one op at one shape."""
 
-import concurrent.futures
-import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 
@@ -45,10 +42,8 @@ def benchmark_op(
   arguments = inputs, oracle.make_cotangent(output)
   checker = oracle.Checker(workload, arguments) if check and runnable else None
   wanted = [(pass_, name) for pass_ in passes for name in runnable]
-  jobs = [functools.partial(_compile, op, *which, arguments) for which in wanted]
-  if checker is not None:
-    jobs.append(lambda: checker.truth)
-  compiled = dict(zip(wanted, _side_by_side(jobs)))
+  # All before the first is timed: compiling tries kernels out on a GPU.
+  compiled = {which: _compile(op, *which, arguments) for which in wanted}
   for pass_ in passes:
     work = floors.least_work(workload.op, workload.sizes, inputs, output, pass_)
     programs, rows = {}, []
@@ -88,11 +83,3 @@ def _compile(op, pass_, name, arguments) -> timing.Program | Exception:
     return timing.compile_program(oracle.make_pass(function, pass_), *arguments)
   except timing.FAILURES as failure:
     return failure
-
-
-def _side_by_side(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
-  """What the jobs return; on a CPU, which shall run what was compiled, one after the other."""
-  if jax.default_backend() == "cpu":
-    return [job() for job in jobs]
-  with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
-    return list(pool.map(lambda job: job(), jobs))

@@ -128,7 +128,7 @@ def _line(row) -> str:
   error = "" if row["error"] is None else f"{row['error']:.1e}"
   compile_s = "" if row["compile_s"] is None else f"{row['compile_s']:.2f}"
   return (
-    f"{name}{row['ms']:>10.3f}{share:>10.1%}{row['gb_per_s']:>8.3g}{row['tflop_per_s']:>9.3g}"
+    f"{name}{row['ms']:>10.3f}{share:>10.1%}{_short(row['gb_per_s']):>8}{row['tflop_per_s']:>9.3g}"
     f"{peak:>10}{compile_s:>11}{error:>9}"
   )
 
@@ -136,6 +136,10 @@ def _line(row) -> str:
 def write_rows(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
   """One JSON list of the rows, one in a line."""
   path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+
+
+def _short(number: float) -> str:
+  return f"{number:.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
