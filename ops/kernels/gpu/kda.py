@@ -12,18 +12,18 @@ import jax.numpy as jnp
 
 from ops import dispatch
 from ops.kernels.gpu import delta_rule, scalar_decay
+from ops.kernels.gpu.vector_decay import documents_by_chunk
+from ops.segments import where_mask
 
 CHUNK = scalar_decay.CHUNK
 TERMS = 2  # bfloat16 numbers for one of the inverse: see `delta_rule.py`
 
 
-def supports(*, log_decay, beta, segment_ids, **arguments) -> dispatch.Reason:
+def supports(*, log_decay, beta, **arguments) -> dispatch.Reason:
   """Why the kernels cannot run `linear_attention` on these arguments; None if they can."""
   if beta is None or log_decay is None or log_decay.ndim != 4:
     return "it has the delta rule with one decay per row of the state only"
-  if segment_ids is not None:
-    return "it knows no segment_ids with the delta rule and one decay per row of the state"
-  return scalar_decay.supports(log_decay=None, beta=None, segment_ids=None, **arguments)
+  return scalar_decay.supports(log_decay=None, beta=None, **arguments)
 
 
 def run(tokens, state, scale, chunk_size, precision):
@@ -32,11 +32,12 @@ def run(tokens, state, scale, chunk_size, precision):
   q, k, v = (x.astype(jnp.bfloat16) for x in (tokens.q, tokens.k, heads(tokens.v)))
   g, beta = (heads(x).astype(jnp.float32) for x in (tokens.log_decay, tokens.beta))
   flat = state.astype(jnp.float32).reshape(v.shape[0], v.shape[2], *state.shape[3:])
-  o, flat = attend(q, k, v, g, beta, flat, scale)
+  document = None if tokens.segments is None else tokens.segments.document
+  o, flat = attend(q, k, v, g, beta, flat, document, scale)
   return o.reshape(tokens.v.shape), flat.reshape(state.shape)
 
 
-def attend(q, k, v, log_decay, beta, state, scale, interpret=None):
+def attend(q, k, v, log_decay, beta, state, document, scale, interpret=None):
   """o [B T H V] and the final state for any T, with gradients.
 
   Args:
@@ -44,48 +45,54 @@ def attend(q, k, v, log_decay, beta, state, scale, interpret=None):
     log_decay: float32 [B T H K], finite.
     beta: float32 [B T H].
     state: float32 [B H K V].
+    document: int32 [B T], the number of documents that have started, from 0; None is one.
     scale: multiplies q.
     interpret: `plgpu.InterpretGPUParams()` to run on a CPU.
   """
   T = q.shape[1]
   pad = -T % CHUNK
-  # A token of zeros without decay leaves the state as it is.
-  whole = lambda x: jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)) if pad else x
-  o, state = _attend(*map(whole, (q, k, v, log_decay, beta)), state, scale, interpret)
+  if pad:
+    whole = lambda x, **mode: jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2), **mode)
+    # A token of zeros without decay leaves the state as it is.
+    q, k, v, log_decay, beta = map(whole, (q, k, v, log_decay, beta))
+    document = None if document is None else whole(document, mode="edge")
+  o, state = _attend(q, k, v, log_decay, beta, state, document, scale, interpret)
   return o[:, :T], state
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def _attend(*arguments):
   return _attend_forward(*arguments, save=False)[0]
 
 
-def _attend_forward(q, k, v, log_decay, beta, state, scale, interpret, save=True):
+def _attend_forward(q, k, v, log_decay, beta, state, document, scale, interpret, save=True):
   call = functools.partial(forward, scale=scale, save=save, interpret=interpret)
-  o, state, *saved = scalar_decay.folding_mapped_axes(call)(q, k, v, log_decay, beta, state)
-  return (o, state), (q, k, log_decay, beta, *saved)
+  arrays = q, k, v, log_decay, beta, state, document
+  o, state, *saved = scalar_decay.folding_mapped_axes(call)(*arrays)
+  return (o, state), (q, k, log_decay, beta, document, *saved)
 
 
 def _attend_backward(scale, interpret, residuals, cotangents):
   call = functools.partial(backward, scale=scale, interpret=interpret)
-  return scalar_decay.folding_mapped_axes(call)(*residuals, *cotangents)
+  return *scalar_decay.folding_mapped_axes(call)(*residuals, *cotangents), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def forward(q, k, v, log_decay, beta, state, *, scale, save=False, interpret=None):
+def forward(q, k, v, log_decay, beta, state, document, *, scale, save=False, interpret=None):
   """Outputs, the final state, and with `save` what `backward` takes."""
   from ops.kernels.gpu import kda_forward, kda_operands
 
   steps = delta_rule.away_from_zero(beta).transpose(0, 2, 1)
-  operands = kda_operands.operands(q, k, log_decay, steps, scale, TERMS, interpret)
+  documents = documents_by_chunk(document)
+  operands = kda_operands.operands(q, k, log_decay, steps, documents, scale, TERMS, interpret)
   before = jnp.swapaxes(state, 2, 3)
   o, state, *saved = kda_forward.outputs(*operands, v, before, save, interpret)
   return o, jnp.swapaxes(state, 2, 3), *([*operands, *saved] if save else [])
 
 
-def backward(q, k, log_decay, beta, *saved, scale, interpret=None):
+def backward(q, k, log_decay, beta, document, *saved, scale, interpret=None):
   """Gradients of q, k, v, log_decay, beta and the state, from what `forward` saved."""
   from ops.kernels.gpu import kda_backward, kda_gradients
 
@@ -95,8 +102,22 @@ def backward(q, k, log_decay, beta, *saved, scale, interpret=None):
   )
   carry = operands[3]
   dq, dk, dg, product = kda_gradients.gradients(
-    q, k, log_decay, do, dv, written, carry, before, after, scale, interpret
+    q,
+    k,
+    log_decay,
+    do,
+    dv,
+    written,
+    carry,
+    before,
+    after,
+    documents_by_chunk(document),
+    scale,
+    interpret,
   )
+  if document is not None:
+    # There is no state to decay where a document starts.
+    dg = where_mask(document == scalar_decay.document_before(document, 1), dg)
   if k.shape[2] != do.shape[2]:
     group = lambda x: x.reshape(*k.shape[:3], -1, k.shape[3]).astype(jnp.float32).sum(3)
     dq, dk = group(dq).astype(q.dtype), group(dk).astype(k.dtype)

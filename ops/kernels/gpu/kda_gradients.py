@@ -33,9 +33,12 @@ from ops.kernels.gpu.kda_gates import (
   sums,
 )
 from ops.kernels.gpu.mosaic import TILED, WGMMA, along_columns, along_rows
+from ops.kernels.gpu.vector_decay_gates import Documents
 
 
-def gradients(q, k, log_decay, do, dv, written, carry, before, after, scale: float, interpret=None):
+def gradients(
+  q, k, log_decay, do, dv, written, carry, before, after, documents, scale: float, interpret=None
+):
   """dq, dk [B T H K] like q, for each head of V, float32 dg [B T H K] and V' . dV [B H T].
 
   Args:
@@ -44,13 +47,14 @@ def gradients(q, k, log_decay, do, dv, written, carry, before, after, scale: flo
     written: [B H N V C] like `q`, V'.
     carry: float32 [B H N K], the decay over a chunk.
     before, after: [B H N V K] like `q`, the states before and their gradients after each chunk.
+    documents: float32 [B T], starts of documents since the chunk's start, or None.
   """
   (B, T, H, K), Hq = log_decay.shape, q.shape[2]
   V, C, dtype, simulated = do.shape[-1], CHUNK, q.dtype, interpret is not None
   W, blocks = K // TILE, V // TILE
 
   def kernel(q_hbm, k_hbm, g_hbm, do_hbm, dv_hbm, written_hbm, carry_hbm, *rest):
-    before_hbm, after_hbm, dq_hbm, dk_hbm, dg_hbm, product_hbm = rest
+    before_hbm, after_hbm, documents_hbm, dq_hbm, dk_hbm, dg_hbm, product_hbm = rest
     batch, head, chunk = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
     rows = pl.ds(chunk * C, C)
     key_head = lax.div(head, jnp.int32(H // Hq))
@@ -59,7 +63,7 @@ def gradients(q, k, log_decay, do, dv, written, carry, before, after, scale: flo
 
     def run(*refs):
       q_s, k_s, y_s, do_s, dv_s, written_s, state_s, m_s, n_s, *refs = refs
-      split_s, carry_s, diagonal_s, spare_s, left_s, mine, ready, met = refs
+      split_s, carry_s, diagonal_s, spare_s, left_s, documents_s, mine, ready, met = refs
 
       def left(x, n=0):
         """The left operand of a product, in registers; the interpreter wants it in memory."""
@@ -93,6 +97,10 @@ def gradients(q, k, log_decay, do, dv, written, carry, before, after, scale: flo
         plgpu.copy_gmem_to_smem(here, target.at[w], mine.at[w])
       plgpu.copy_gmem_to_smem(carry_hbm.at[batch, head, chunk, tile(w)], carry_s.at[w], mine.at[w])
 
+      if documents is not None:
+        here = documents_hbm.at[batch, rows]
+        plgpu.copy_gmem_to_smem(here, documents_s.at[w], mine.at[w])
+
       wide = lambda x: x.astype(jnp.float32)
       total = lambda terms: mosaic.products((C, TILE), terms)
       i, j = positions()
@@ -100,6 +108,11 @@ def gradients(q, k, log_decay, do, dv, written, carry, before, after, scale: flo
       g = plgpu.load(g_hbm.at[batch, rows, head, tile(w)], layout=WGMMA, optimized=False)
       store_split(g, split)
       from_start = jnp.exp(sums(i >= j, split, left))
+      plgpu.barrier_wait(mine.at[w])
+      document = None if documents is None else Documents(documents_s.at[w])
+      together = lambda mask: mask if document is None else mask & document.pairs()
+      if document is not None:
+        from_start = document.before(from_start)
 
       plgpu.barrier_wait(ready[0])
 
@@ -107,7 +120,7 @@ def gradients(q, k, log_decay, do, dv, written, carry, before, after, scale: flo
         """factor source V'^T, rounded, below the diagonal; on it, float32."""
         x = total([(source.at[t], written_s.at[t]) for t in range(blocks)]) * factor
         diagonal[...] = jnp.where(i == j, x, 0).sum(1)
-        target[...] = jnp.where(i > j, x, 0).astype(dtype)
+        target[...] = jnp.where(together(i > j), x, 0).astype(dtype)
 
       # Two warpgroups make one each.
       pl.when(w == 0)(lambda: pairs(do_s, scale, m_s, diagonal_s.at[0]))
@@ -118,7 +131,6 @@ def gradients(q, k, log_decay, do, dv, written, carry, before, after, scale: flo
         lambda: plgpu.copy_smem_to_gmem(diagonal_s.at[1], product_hbm.at[batch, head, rows])
       )
 
-      plgpu.barrier_wait(mine.at[w])
       plgpu.barrier_wait(ready[1])
       q, k = (plgpu.load(x.at[w], layout=WGMMA) for x in (q_s, k_s))
       states = [plgpu.load(state_s.at[t, w], layout=WGMMA) for t in range(blocks)]
@@ -148,8 +160,10 @@ def gradients(q, k, log_decay, do, dv, written, carry, before, after, scale: flo
       i, j = positions()
       # These weights come from the gates, whose place db, y and z take below.
       to_end = jnp.exp(sums(j > i, split, left))
+      if document is not None:
+        to_end = document.after(to_end)
       store_split(wide(q) * dq + wide(k) * (dk - columns), split)
-      dg = sums(j >= i, split, left)
+      dg = sums(together(j >= i), split, left)
       own = along_rows(plgpu.load(diagonal_s.at[0], layout=WGMMA.reduce(1)), TILE)
       dq += own * wide(k)
       dk += own * wide(q) + columns
@@ -160,7 +174,7 @@ def gradients(q, k, log_decay, do, dv, written, carry, before, after, scale: flo
       )
       dk += end
       store_split(wide(k) * end, split)
-      dg += sums(j < i, split, left)
+      dg += sums(together(j < i), split, left)
       both = sum(
         wide(states[t]) * wide(plgpu.load(state_s.at[t, w], layout=WGMMA)) for t in range(blocks)
       )
@@ -183,7 +197,8 @@ def gradients(q, k, log_decay, do, dv, written, carry, before, after, scale: flo
       tiles(W), tiles(W), tiles(W), tiles(blocks), tiles(blocks), tiles(blocks),
       tiles(blocks, W), tiles(), tiles(), tiles(W, TERMS),
       vectors(W), vectors(2), vectors(W), tiles(W, 4) if simulated else None,
-      plgpu.Barrier(num_arrivals=3, num_barriers=W),
+      None if documents is None else vectors(W),
+      plgpu.Barrier(num_arrivals=3 if documents is None else 4, num_barriers=W),
       *(plgpu.Barrier(num_arrivals=n * blocks) for n in (3, W, W)),
       plgpu.Barrier(num_arrivals=W),
       collective_axes="thread",
@@ -200,7 +215,7 @@ def gradients(q, k, log_decay, do, dv, written, carry, before, after, scale: flo
     thread_name="thread",
     interpret=interpret,
     compiler_params=mosaic.PARAMS,
-  )(q, k, log_decay, do, dv, written, carry, before, after)
+  )(q, k, log_decay, do, dv, written, carry, before, after, documents)
 
 
 def transposed(ref, simulated: bool) -> jax.Array:

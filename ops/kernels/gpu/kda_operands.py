@@ -28,12 +28,13 @@ from ops.kernels.gpu.kda_gates import (
   sums,
 )
 from ops.kernels.gpu.mosaic import TILED, WGMMA, along_columns, along_rows
+from ops.kernels.gpu.vector_decay_gates import Documents
 from ops.triangular import unit_lower_inverse
 
 STRIDE = delta_rule_inverse.STRIDE
 
 
-def operands(q, k, log_decay, beta, scale: float, terms: int, interpret=None):
+def operands(q, k, log_decay, beta, documents, scale: float, terms: int, interpret=None):
   """q~, k~, k^ [B H T K] like q, carry float32 [B H N K], A [B H N C C] like q, and T as a sum of
   `terms` matrices, [B H N terms C C] like q.
 
@@ -41,12 +42,13 @@ def operands(q, k, log_decay, beta, scale: float, terms: int, interpret=None):
     q, k: bfloat16 [B T Hq K], T a multiple of the chunk; H is a multiple of Hq.
     log_decay: float32 [B T H K].
     beta: float32 [B H T].
+    documents: float32 [B T], starts of documents since the chunk's start, or None.
   """
   (B, T, H, K), Hq = log_decay.shape, q.shape[2]
   C, dtype, simulated = CHUNK, q.dtype, interpret is not None
   W = K // TILE
 
-  def kernel(q_hbm, k_hbm, g_hbm, beta_hbm, *outputs):
+  def kernel(q_hbm, k_hbm, g_hbm, beta_hbm, documents_hbm, *outputs):
     *weighed_hbm, carry_hbm, scores_hbm, inverse_hbm = outputs
     batch, head, chunk = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
     rows = pl.ds(chunk * C, C)
@@ -54,7 +56,9 @@ def operands(q, k, log_decay, beta, scale: float, terms: int, interpret=None):
     w = lax.axis_index("thread")
     mine = pl.ds(w * TILE, TILE)
 
-    def run(q_s, k_s, y_s, split_s, matrix_s, beta_s, carry_s, spare_s, left_s, full, met):
+    def run(q_s, k_s, y_s, split_s, matrix_s, beta_s, carry_s, spare_s, *rest):
+      left_s, documents_s, full, met = rest
+
       def left(x):
         """The left operand of a product, in registers; the interpreter wants it in memory."""
         if not simulated:
@@ -69,6 +73,9 @@ def operands(q, k, log_decay, beta, scale: float, terms: int, interpret=None):
       for source, target in ((q_hbm, q_s), (k_hbm, k_s)):
         plgpu.copy_gmem_to_smem(source.at[batch, rows, key_head, mine], target.at[w], full.at[w])
       plgpu.copy_gmem_to_smem(beta_hbm.at[batch, head, rows], beta_s.at[w], full.at[w])
+      if documents is not None:
+        here = documents_hbm.at[batch, rows]
+        plgpu.copy_gmem_to_smem(here, documents_s.at[w], full.at[w])
       g = plgpu.load(g_hbm.at[batch, rows, head, mine], layout=WGMMA, optimized=False)
       split = split_s.at[w]
       store_split(g, split)
@@ -78,11 +85,17 @@ def operands(q, k, log_decay, beta, scale: float, terms: int, interpret=None):
 
       i, j = positions()
       from_start = jnp.exp(sums(i >= j, split, left))
+      to_end = jnp.exp(sums(j > i, split, left))
+      total = sum(load_transposed(split.at[term], simulated).sum(1) for term in range(TERMS))
+      carry = jnp.exp(total)
+      if documents is not None:
+        document = Documents(documents_s.at[w])
+        from_start, to_end = document.before(from_start), document.after(to_end)
+        carry = jnp.where(document.last == 0.0, carry, 0.0)
       q_s[w] = (wide(q) * from_start * scale).astype(dtype)
       k_s[w] = (wide(k) * from_start).astype(dtype)
-      y_s[w] = (wide(k) * jnp.exp(sums(j > i, split, left))).astype(dtype)
-      total = sum(load_transposed(split.at[term], simulated).sum(1) for term in range(TERMS))
-      carry_s[w] = jnp.exp(total)
+      y_s[w] = (wide(k) * to_end).astype(dtype)
+      carry_s[w] = carry
       plgpu.commit_smem()
       for source, target in zip((q_s, k_s, y_s), weighed_hbm):
         plgpu.copy_smem_to_gmem(source.at[w], target.at[batch, head, rows, mine])
@@ -99,6 +112,8 @@ def operands(q, k, log_decay, beta, scale: float, terms: int, interpret=None):
           mosaic.product((C, C), x.at[w], y_s.at[w].transpose((1, 0))) for x in (q_s, k_s)
         ]
         kept = pairs(*positions())
+        if documents is not None:
+          kept = kept & Documents(documents_s.at[w]).pairs()
         return [x + jnp.where(kept, y, 0) for x, y in zip(pairs_of, products)]
 
       scores, pairs = for_each_level(
@@ -156,7 +171,9 @@ def operands(q, k, log_decay, beta, scale: float, terms: int, interpret=None):
       run,
       tile(W), tile(W), tile(W), tile(W, TERMS), plgpu.SMEM((C, STRIDE), jnp.float32),
       vector(), vector(), vector(), tile(W) if simulated else None,
-      plgpu.Barrier(num_arrivals=3, num_barriers=W), plgpu.Barrier(num_arrivals=W),
+      None if documents is None else vector(),
+      plgpu.Barrier(num_arrivals=3 if documents is None else 4, num_barriers=W),
+      plgpu.Barrier(num_arrivals=W),
       collective_axes="thread",
     )  # fmt: skip
 
@@ -174,4 +191,4 @@ def operands(q, k, log_decay, beta, scale: float, terms: int, interpret=None):
     thread_name="thread",
     interpret=interpret,
     compiler_params=mosaic.PARAMS,
-  )(q, k, log_decay, beta)  # fmt: skip
+  )(q, k, log_decay, beta, documents)  # fmt: skip

@@ -11,6 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from ops import dispatch, reference
 from ops.kernels.gpu import kda
+from ops.segments import find_segments
 from tests.ops import compare
 
 needs_mosaic = pytest.mark.skipif(
@@ -22,7 +23,7 @@ needs_mosaic = pytest.mark.skipif(
 @pytest.mark.parametrize("gates", ["mild", "strong"])
 def test_values_and_gradients(gates):
   """Correlated keys, beta up to 2, a chunk that is not full, two heads of values for one of keys;
-  gates of one level, and of all."""
+  gates of one level, and of all with documents."""
   from jax.experimental.pallas import mosaic_gpu as plgpu
 
   T, H, K, V = 70, 2, 64, 64
@@ -41,13 +42,17 @@ def test_values_and_gradients(gates):
     "initial_state": jnp.asarray(rng.standard_normal((1, H, K, V)), jnp.float32),
   }
 
+  segment_ids, document = None, None
+  if gates == "strong":
+    segment_ids = np.repeat([3, 4, 7, 5], [10, 45, 1, T - 56])[None].astype(np.int32)
+    document = find_segments(jnp.asarray(segment_ids)).document
+
   def kernel(q, k, v, log_decay, beta, initial_state):
     interpret = plgpu.InterpretGPUParams()
-    return kda.attend(q, k, v, log_decay, beta, initial_state, K**-0.5, interpret)
+    return kda.attend(q, k, v, log_decay, beta, initial_state, document, K**-0.5, interpret)
 
-  compare.check(
-    compare.run(kernel, inputs), compare.truth(reference.linear_attention, inputs), "bfloat16"
-  )
+  expected = compare.truth(reference.linear_attention, inputs, segment_ids=segment_ids)
+  compare.check(compare.run(kernel, inputs), expected, "bfloat16")
 
 
 @needs_mosaic
@@ -64,7 +69,7 @@ def test_scores_and_inverses_of_two_warpgroups():
   g = np.where(np.arange(K) < 64, -0.05, -7.0 * rng.random((1, T, 1, K)))
   g, beta = jnp.asarray(g, jnp.float32), jnp.asarray(2 * rng.random((1, 1, T)), jnp.float32)
   interpret = plgpu.InterpretGPUParams()
-  *_, scores, inverses = kda_operands.operands(q, k, g, beta, 0.5, 2, interpret)
+  *_, scores, inverses = kda_operands.operands(q, k, g, beta, None, 0.5, 2, interpret)
 
   wide = lambda x: np.asarray(x, np.float64)[0, :, 0]
   b = np.cumsum(wide(g), 0)
@@ -91,12 +96,11 @@ def test_lowers_for_a_hopper_gpu():
 
   @functools.partial(jax.value_and_grad, argnums=(0, 1, 2, 3, 4, 5))
   def everything(q, k, v, g, beta, state):
-    o, state = kda.attend(q, k, v, g, beta, state, 0.1)
+    o, state = kda.attend(q, k, v, g, beta, state, None, 0.1)
     return jnp.sum(o.astype(jnp.float32)) + jnp.sum(state)
 
   with jax.sharding.use_abstract_mesh(mesh), dispatch.for_platform("gpu"):
     assert kda.supports(**arguments, segment_ids=None) is None
-    assert "segment_ids" in kda.supports(**arguments, segment_ids=g)
     assert "one decay per row" in kda.supports(**arguments | dict(beta=None), segment_ids=None)
     lowered = jax.jit(everything).trace(q, q, q, g, beta, state)
     text = lowered.lower(lowering_platforms=("cuda",)).as_text()
