@@ -55,8 +55,10 @@ def newton_scan(
     segment_ids: int32 [B T], documents and padding (negative), see `ops.segments`.
     reverse: scan from the right.
     implementation: "recurrent" (one token after the other, gradients by autodiff), "parallel"
-      (Newton), or None: Newton on accelerators, for cells that are not dense and have a box or are
-      guarded by `policy`; else the loop.
+      (Newton), "pallas" (the loop in one kernel; where channels are few, over segments at once,
+      with Newton's method between them until they fit), or None: the kernel where it can run; else
+      Newton on accelerators, for cells that are not dense and have a box or are guarded by
+      `policy`; else the loop.
     iterations: of Newton's method; with `tolerance`, at most.
     tolerance: stop at a residual of at most this; None makes exactly `iterations`.
     method: "newton"; "quasi" (the diagonal of the Jacobian: linear memory for dense cells, more
@@ -231,10 +233,11 @@ def _warn(residual, iterations, limit):
 
 def _preference(cell, length, options, **arguments):
   guarded = cell.box is not None or options.policy != "ignore"
+  kernel = ["pallas"] if length > 1 else []
   # On a CPU Newton is about as fast as the loop, which is exact.
   if dispatch.platform() != "cpu" and guarded and length >= 64 and cell.structure != "dense":
-    return ["parallel", "recurrent"]
-  return ["recurrent", "parallel"]
+    return [*kernel, "parallel", "recurrent"]
+  return [*kernel, "recurrent", "parallel"]
 
 
 dispatch.declare(
@@ -247,7 +250,7 @@ dispatch.declare(
       _parallel, dispatch.anything, "Newton: a few linear scans, log T or sqrt T depth"
     ),
     "pallas": dispatch.Implementation(
-      kernels.run, kernels.supports, "T steps in one kernel, exact, states in registers"
+      kernels.run, kernels.supports, "T steps in one kernel, exact, least memory"
     ),
   },
   _preference,

@@ -48,6 +48,20 @@ class ChannelCell(NamedTuple):
     (new,) = _evaluate(self.jaxpr, inputs, self.channels, exact)
     return list(new.reshape(-1))
 
+  def push(self, params: Sequence, h: Sequence, x: Sequence) -> tuple[list, list[list]]:
+    """step(params, h, x), and how each of its numbers moves with each of h: [new][old]."""
+
+    def push(params, h, x):
+      def column(m):
+        # The others are constants: nothing is multiplied by a derivative of zero.
+        moved = lambda number: self.step(params, [*h[:m], number, *h[m + 1 :]], x, exact=True)
+        return jax.jvp(moved, (h[m],), (jnp.ones_like(h[m]),))
+
+      columns = list(map(column, range(len(h))))
+      return columns[0][0], [list(row) for row in zip(*(moved for _, moved in columns))]
+
+    return _approximated(push, params, h, x)
+
   def pull_back(self, params: Sequence, h: Sequence, x: Sequence, l: Sequence) -> tuple:
     """What l, one number for each of h, sends back to params, h and x."""
 
@@ -55,15 +69,21 @@ class ChannelCell(NamedTuple):
       step = lambda *inputs: self.step(*inputs, exact=True)
       return jax.vjp(step, params, h, x)[1](l)
 
-    given, shape = [*params, *h, *x, *l], h[0].shape
-    given = [jnp.broadcast_to(number, shape) for number in given]
-    parts = list(map(list, (params, h, x, l)))
-    vector = jax.ShapeDtypeStruct(shape, jnp.float32)
-    traced = jax.make_jaxpr(pull)(*jax.tree.map(lambda _: vector, parts))
-    boxes = [_boxed([number], ()) for number in given]
-    flat = [box[()] for box in _evaluate(traced, boxes, *shape, exact=False)]
-    flat = [number if jnp.shape(number) else jnp.full(shape, number) for number in flat]
-    return jax.tree.unflatten(jax.tree.structure(tuple(parts[:3])), flat)
+    return _approximated(pull, params, h, x, l)
+
+
+def _approximated(function, *numbers: Sequence):
+  """`function` of lists of vectors, of what `ChannelCell.step` has, without `exact`."""
+  numbers = list(map(list, numbers))
+  shape = next(number.shape for number in numbers[1])
+  vector = jax.ShapeDtypeStruct(shape, jnp.float32)
+  traced, out = jax.make_jaxpr(function, return_shape=True)(
+    *jax.tree.map(lambda _: vector, numbers)
+  )
+  boxes = [_boxed([jnp.broadcast_to(x, shape)], ()) for x in jax.tree.leaves(numbers)]
+  flat = [box[()] for box in _evaluate(traced, boxes, *shape, exact=False)]
+  flat = [number if jnp.shape(number) else jnp.full(shape, number) for number in flat]
+  return jax.tree.unflatten(jax.tree.structure(out), flat)
 
 
 def trace(step, params: Any, state: Any, x: Any) -> ChannelCell:
@@ -140,8 +160,9 @@ def _boxed(numbers, shape):
 def _elementwise(eqn, operands, channels, exact):
   function = (EXACT if exact else EXACT | APPROXIMATE).get(eqn.primitive.name)
   result = np.empty(_outer(eqn.outvars[0].aval, channels), object)
+  operands = [np.broadcast_to(operand, result.shape) for operand in operands]
   for at in np.ndindex(result.shape):
-    numbers = [operand[at] if operand.ndim else operand[()] for operand in operands]
+    numbers = [operand[at] for operand in operands]
     if eqn.primitive.name == "select_n":
       shape = jnp.broadcast_shapes(*map(jnp.shape, numbers))
       numbers = [jnp.broadcast_to(number, shape) for number in numbers]

@@ -17,13 +17,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ops.kernels.gpu import mosaic
+from ops.kernels.gpu.newton import CHANNELS, PADDING, START
 from ops.kernels.gpu.newton_cell import ChannelCell
 
-CHANNELS = 128  # of a program: its threads
 TILE = 8  # tokens fetched together
 KINDS = 32  # fetched with them: no copy is of fewer than 128 bytes
 STAGES = 4  # tiles in shared memory
-START, PADDING = 1, 2  # what a token's `kind` may be, beside 0
 PARAMS = plgpu.CompilerParams(
   approx_math=True,
   lowering_semantics=plgpu.LoweringSemantics.Lane,
@@ -45,64 +44,102 @@ class _Tiles:
     return jnp.where(n == 0, 0, self.head + (n - 1) * self.size)
 
 
-def loop(cell: ChannelCell, params, state, kinds, xs, *, interpret=None):
-  """All states, float32 [B T M D].
+def loop(cell: ChannelCell, params, state, kinds, xs, *, maps: bool = False, interpret=None):
+  """All states, float32 [B T M D]; with `maps` also the derivatives of the last ones with respect
+  to the state before the first token, [B M M D] (new, old).
 
   Args:
     params: float32 [B P D], D a multiple of `CHANNELS`.
     state: float32 [B M D], before the first token.
-    kinds: int32 [B T'] with T' >= T + `KINDS`, a multiple of 4; None is all 0.
+    kinds: of tokens, `padded`; None is all 0.
     xs: a list of float32 [B T X D].
   """
-  (B, T, _, D), M = xs[0].shape, state.shape[1]
+  (B, T, _, D), (P, M) = xs[0].shape, (params.shape[1], state.shape[1])
   tiles, count = _Tiles(T), len(xs)
 
   def kernel(params_hbm, state_hbm, kinds_hbm, *refs):
-    xs_hbm, h_hbm = refs[:count], refs[count]
+    xs_hbm, h_hbm, maps_hbm = refs[:count], refs[count], refs[count + 1 :]
     batch, here = lax.axis_index("batch"), _channels()
-    own = [params_hbm[batch, i, here] for i in range(params.shape[1])]
+    own = [params_hbm[batch, i, here] for i in range(P)]
 
     def run(tokens_s, kinds_s, full, consumed):
       sources = [(x_hbm, tiles.start) for x_hbm in xs_hbm]
       fetch = _fetcher(sources, tokens_s, kinds_hbm, kinds_s, full, tiles.start)
 
+      def advance(kind, x, h, product):
+        """The next state, and what was `product` before this token."""
+        before, old = _reset(kind, h), _reset(kind, product)
+        if not maps:
+          new, product = cell.step(own, before, x), ()
+        else:
+          new, J = cell.push(own, before, x)
+          product = [
+            sum(J[i][k] * old[k * M + j] for k in range(M)) for i in range(M) for j in range(M)
+          ]
+        carry = *new, *product
+        carry = carry if kind is None else _select(kind == PADDING, (*h, *old), carry)
+        return tuple(map(_by_thread, carry))
+
       def read(wait, release):
-        def tile(n, length, h):
+        def tile(n, length, carry):
           slot = wait(n)
           for i in range(length):
             kind = None if kinds is None else kinds_s[slot, i]
-            new = map(_by_thread, cell.step(own, _reset(kind, h), _numbers(tokens_s, slot, i)))
-            h = tuple(new) if kind is None else _select(kind == PADDING, h, new)
+            carry = advance(kind, _numbers(tokens_s, slot, i), carry[:M], carry[M:])
             for m in range(M):
-              h_hbm[batch, tiles.start(n) + i, m, here] = h[m]
+              h_hbm[batch, tiles.start(n) + i, m, here] = carry[m]
           release(slot)
-          return h
+          return carry
 
-        h = tuple(state_hbm[batch, m, here] for m in range(M))
-        h = tile(jnp.int32(0), tiles.head, h)
-        lax.fori_loop(1, tiles.whole + 1, lambda n, h: tile(n, tiles.size, h), h)
+        carry = tuple(state_hbm[batch, m, here] for m in range(M))
+        if maps:
+          unit = [float(i == j) for i in range(M) for j in range(M)]
+          carry += tuple(_by_thread(jnp.full(CHANNELS, x, jnp.float32)) for x in unit)
+        carry = tile(jnp.int32(0), tiles.head, carry)
+        whole = lambda n, carry: tile(n, tiles.size, carry)
+        carry = lax.fori_loop(1, tiles.whole + 1, whole, carry)
+        for i, number in enumerate(carry[M:]):
+          maps_hbm[0][batch, i // M, i % M, here] = number
 
       steps = jnp.int32(tiles.whole + 1)
       mosaic.load_and_read(steps, STAGES, 1, fetch, read, full, consumed, interpret is not None)
 
     _with_ring(run, tiles.size, xs, kinds)
 
-  return _launch(
-    kernel, "newton_loop", jax.ShapeDtypeStruct((B, T, M, D), jnp.float32), B, D, interpret
-  )(params, state, kinds, *xs)
+  shapes = [(B, T, M, D), (B, M, M, D)] if maps else [(B, T, M, D)]
+  out = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  results = _launch(kernel, "newton_loop", out, B, D, interpret)(
+    params if P else None, state, kinds, *xs
+  )
+  return results if maps else results[0]
 
 
-def loop_gradients(cell: ChannelCell, params, state, kinds, xs, h, g, *, interpret=None):
-  """Gradients of params [B P D], of the state [B M D] and of xs, from those of all states.
+def loop_gradients(
+  cell: ChannelCell,
+  params,
+  state,
+  kinds,
+  xs,
+  h,
+  g,
+  later,
+  *,
+  only_state: bool = False,
+  interpret=None,
+):
+  """Gradients of the state [B M D], of params [B P D] and of xs, from those of all states; or
+  with `only_state` that one alone.
 
   Args:
     h, g: float32 [B T M D], what `loop` returned and its cotangents; the rest is as there.
+    later: float32 [B M D], what reaches the last states from behind them.
   """
   (B, T, _, D), (P, M) = xs[0].shape, (params.shape[1], state.shape[1])
   tiles, count = _Tiles(T), len(xs)
 
-  def kernel(params_hbm, state_hbm, kinds_hbm, *refs):
-    tokens_hbm, (dparams_hbm, dstate_hbm, *dxs_hbm) = refs[: count + 2], refs[count + 2 :]
+  def kernel(params_hbm, state_hbm, kinds_hbm, later_hbm, *refs):
+    tokens_hbm, (dstate_hbm, *others_hbm) = refs[: count + 2], refs[count + 2 :]
+    dparams_hbm, dxs_hbm = others_hbm[: P > 0], others_hbm[P > 0 :]
     batch, here = lax.axis_index("batch"), _channels()
     own = [params_hbm[batch, i, here] for i in range(P)]
     first = [state_hbm[batch, m, here] for m in range(M)]
@@ -110,10 +147,9 @@ def loop_gradients(cell: ChannelCell, params, state, kinds, xs, h, g, *, interpr
     def run(tokens_s, kinds_s, full, consumed):
       *xs_s, g_s, before_s = tokens_s
       start = lambda step: tiles.start(tiles.whole - step)
-      *others_hbm, h_hbm = tokens_hbm
-      sources = [(x_hbm, start) for x_hbm in others_hbm]
+      sources = [(x_hbm, start) for x_hbm in tokens_hbm[:-1]]
       # The states that the tokens met.
-      sources.append((h_hbm, lambda step: jnp.maximum(start(step) - 1, 0)))
+      sources.append((tokens_hbm[-1], lambda step: jnp.maximum(start(step) - 1, 0)))
       fetch = _fetcher(sources, tokens_s, kinds_hbm, kinds_s, full, start)
 
       def read(wait, release):
@@ -141,14 +177,14 @@ def loop_gradients(cell: ChannelCell, params, state, kinds, xs, h, g, *, interpr
           return carry
 
         nothing = _by_thread(jnp.zeros(CHANNELS, jnp.float32))
-        carry = (nothing,) * M, (nothing,) * P
+        carry = tuple(later_hbm[batch, m, here] for m in range(M)), (nothing,) * P
         whole = jnp.int32(tiles.whole)
         carry = lax.fori_loop(0, whole, lambda n, c: tile(n, tiles.size, c, 0), carry)
         dstate, dparams = tile(whole, tiles.head, carry, 1)
         for m in range(M):
           dstate_hbm[batch, m, here] = dstate[m]
-        for i in range(P):
-          dparams_hbm[batch, i, here] = dparams[i]
+        for i in range(0 if only_state else P):
+          dparams_hbm[0][batch, i, here] = dparams[i]
 
       mosaic.load_and_read(
         jnp.int32(tiles.whole + 1), STAGES, 1, fetch, read, full, consumed, interpret is not None
@@ -156,12 +192,21 @@ def loop_gradients(cell: ChannelCell, params, state, kinds, xs, h, g, *, interpr
 
     _with_ring(run, tiles.size, [*xs, g, h], kinds)
 
-  shapes = [params.shape, state.shape, *(x.shape for x in xs)]
-  out = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-  dparams, dstate, *dxs = _launch(kernel, "newton_loop_gradients", out, B, D, interpret)(
-    params, state, kinds, *xs, g, h
+  others = [] if only_state else [x.shape for x in ([params] if P else []) + list(xs)]
+  out = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (state.shape, *others)]
+  dstate, *others = _launch(kernel, "newton_loop_gradients", out, B, D, interpret)(
+    params if P else None, state, kinds, later, *xs, g, h
   )
-  return dparams, dstate, dxs
+  if only_state:
+    return dstate
+  return dstate, others[0] if P else params, others[P > 0 :]
+
+
+def padded(kinds):
+  """int32 [B T], or None, as the kernels take it."""
+  if kinds is None:
+    return None
+  return jnp.pad(kinds, ((0, 0), (0, -kinds.shape[1] % 4 + KINDS)))
 
 
 def _channels():

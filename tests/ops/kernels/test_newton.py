@@ -21,14 +21,14 @@ needs_mosaic = pytest.mark.skipif(
 )
 
 
-def _by_kernel(monkeypatch):
+def _by_kernel(monkeypatch, segments=1):
   """`newton_scan` with the kernel in the interpreter, whatever the device."""
   from jax.experimental.pallas import mosaic_gpu as plgpu
 
   from ops.kernels.gpu import newton_loop
 
-  interpreted = functools.partial(kernels.scan, interpret=plgpu.InterpretGPUParams())
-  monkeypatch.setattr(kernels, "scan", interpreted)
+  options = dict(segments=segments, interpret=plgpu.InterpretGPUParams())
+  monkeypatch.setattr(kernels, "scan", functools.partial(kernels.scan, **options))
   monkeypatch.setattr(newton_loop, "TILE", 2)  # a short program
 
   def scan(cell, params, x, state, segment_ids=None):
@@ -64,6 +64,9 @@ def glu(params, h, x):
 
 
 def _draw(name, B, T):
+  if name == "toggle":  # remembers, and switches: segments fit together late
+    x = np.sign(np.random.default_rng(1).normal(size=(B, T, 3)))
+    return cells.TOGGLE, np.float64(2.0), x, np.full((B, 3), 0.5)
   if name != "glu":
     return cells.CELLS[name], *cells.draw(name, B, T)
   rng = np.random.default_rng(0)
@@ -74,19 +77,21 @@ def _draw(name, B, T):
 
 @needs_mosaic
 @pytest.mark.parametrize(
-  ("name", "B", "T", "starts"),
+  ("name", "B", "T", "starts", "segments"),
   [
-    ("diagonal", 2, 12, True),
-    ("diagonal", 1, 2, False),
-    ("block", 1, 7, True),
-    ("glu", 1, 2, False),
+    ("diagonal", 2, 12, True, 1),
+    ("block", 1, 7, True, 1),
+    ("glu", 1, 1, False, 1),
+    ("diagonal", 2, 12, True, 3),
+    ("block", 1, 8, False, 2),
+    ("toggle", 1, 12, False, 4),
   ],
 )
-def test_values_and_gradients(monkeypatch, name, B, T, starts):
+def test_values_and_gradients(monkeypatch, name, B, T, starts, segments):
   cell, params, x, state = _draw(name, B, T)
   ids = np.random.default_rng(1).integers(-1, 2, (B, T)).astype(np.int32)
   ids = jnp.asarray(ids) if starts else None
-  scan = _by_kernel(monkeypatch)
+  scan = _by_kernel(monkeypatch, segments)
   run = lambda params, x, state: scan(cell, params, x, state, ids)
   actual = _with_gradients(run, *cells.narrow((params, x, state)))
   with jax.enable_x64(True):
