@@ -1,9 +1,11 @@
-"""`--mode=bench`: the ops that a config's model calls, at its shapes, and its training step."""
+"""`--mode=bench`: the ops that a config's model calls, at its shapes, its training step and its
+decoding."""
 
 import pathlib
 import time
 
 import jax
+import jax.numpy as jnp
 
 from experiments import benchmark_report as report
 from experiments import plots, sharding, train_step
@@ -11,7 +13,11 @@ from experiments.benchmark_cases import KNOWN, calls_of, workloads_of
 from experiments.benchmark_measure import benchmark_op
 from experiments.benchmark_timing import time_calls
 from experiments.tasks import make_task
+from lm_models import lm
 from ops import dispatch
+
+DECODED = 64  # tokens of each row that decoding is timed on
+DECODED_ROWS = (1, 64)
 
 
 def benchmark_config(config, workdir: str) -> None:
@@ -42,6 +48,13 @@ def benchmark_config(config, workdir: str) -> None:
   rows.append(_benchmark_step(task))
   speed = rows[-1]["tokens_per_second"]
   print(f"training step: {rows[-1]['ms']:.1f} ms, {speed:,.0f} {task.unit}/s")
+  if isinstance(task.model, lm.Config):
+    for B in DECODED_ROWS:
+      rows.append(benchmark_decoding(task.model, B))
+      row = rows[-1]
+      print(
+        f"decoding {B} rows: {row['ms']:.3f} ms a token, {row['tokens_per_second']:,.0f} in all"
+      )
   report.write_rows(rows, written[0])
   for path in written:
     print(f"wrote {path}")
@@ -85,6 +98,50 @@ def _benchmark_step(task) -> dict:
     "ms": milliseconds,
     "tokens_per_second": targets / milliseconds * 1e3,
     "tflop_per_s": 3 * task.flops_per_target() * targets / milliseconds / 1e9,
+    "compile_s": seconds,
+    **report.environment(),
+  }
+
+
+def benchmark_decoding(model: lm.Config, B: int, **timing) -> dict:
+  """A row on tokens made one after the other, the likeliest each, by one program.
+
+  Args:
+    model: with random parameters; its matrices are in the dtype that they multiply in.
+    B: rows.
+    **timing: of `time_calls`.
+  """
+
+  @jax.jit
+  def initialise(key):
+    return jax.tree_util.tree_map_with_path(narrow, lm.init(model, key))
+
+  def narrow(path, x):
+    is_matrix = jax.tree_util.keystr(path[-1:], simple=True) in ("kernel", "embedding", "head")
+    return x.astype(model.dtype) if is_matrix else x
+
+  @jax.jit
+  def decode(params, token, state):
+    def step(carried, _):
+      logits, state = lm.decode_step(model, params, *carried)
+      token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+      return (token, state), token
+
+    return jax.lax.scan(step, (token, state), length=DECODED)
+
+  params = initialise(jax.random.key(0))
+  arguments = params, jnp.zeros(B, jnp.int32), lm.init_state(model, B)
+  began = time.perf_counter()
+  jax.block_until_ready(decode(*arguments))
+  seconds = time.perf_counter() - began
+  (milliseconds,) = time_calls([lambda: decode(*arguments)], **timing)
+  return {
+    "op": "decode",
+    "B": B,
+    "T": 1,
+    "dtype": model.dtype,
+    "ms": milliseconds / DECODED,
+    "tokens_per_second": B * DECODED / milliseconds * 1e3,
     "compile_s": seconds,
     **report.environment(),
   }

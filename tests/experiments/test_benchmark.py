@@ -266,10 +266,12 @@ def test_bench_mode_writes_rows_and_a_figure(tmp_path, monkeypatch, capsys):
   benchmark_config.benchmark_config(small.make_config(("mamba",)), str(tmp_path))
   rows = json.loads((tmp_path / "bench.json").read_text())
   assert [row["op"] for row in rows] == [
-    *["causal_conv"] * 2, *["selective_scan"] * 2, "train_step",
+    *["causal_conv"] * 2, *["selective_scan"] * 2, "train_step", "decode", "decode",
   ]  # fmt: skip
-  assert rows[-1]["tokens_per_second"] > 0 and rows[-1].keys() >= KEYS & {"B", "T", "ms", "device"}
+  for row in rows[-3:]:
+    assert row["tokens_per_second"] > 0 and row.keys() >= KEYS & {"B", "T", "ms", "device"}
+  assert [row["B"] for row in rows[-2:]] == [1, 64]
   assert (tmp_path / "roofline.png").stat().st_size > 10_000
   printed = capsys.readouterr().out
   assert "the model runs selective_scan B8 T6 D32 N2 by recurrent\n" in printed
-  assert "training step: " in printed
+  assert "training step: " in printed and "decoding 64 rows: " in printed
