@@ -198,11 +198,11 @@ def _rearranged(eqn, operands, channels):
   raise Refusal(f"the cell has {name}, the kernel has no word for it")
 
 
-def sigmoid(x):
-  """1 / (1 + exp(-x)) to 4e-7, without a division: the square of a reciprocal root."""
-  root = lax.rsqrt(1 + jnp.exp(-x))
+def _sigmoid(x, scale=1.0):
+  """1 / (1 + exp(-scale x)) to 4e-7: without a division, the square of a reciprocal root."""
+  root = lax.rsqrt(1 + lax.exp2(x * (-scale / math.log(2))))
   return root * root
 
 
 EXACT = {"add_any": operator.add, "copy": lambda x: x}
-APPROXIMATE = {"logistic": sigmoid, "tanh": lambda x: 2 * sigmoid(2 * x) - 1}
+APPROXIMATE = {"logistic": _sigmoid, "tanh": lambda x: 2 * _sigmoid(x, 2.0) - 1}
