@@ -20,13 +20,14 @@ import jax
 import jax.numpy as jnp
 
 from ops import dispatch
+from ops.kernels.gpu import heuristics
 from ops.segments import where_mask
 
 CHUNK = 64  # tokens: the rows of one wgmma
 WIDTHS = (64, 128)  # K and V for which there are tilings
 FLOOR = -63.0
 NOTHING = -128.0  # its exponential is 0 in float32
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+HOPPER = tuple(heuristics.KINDS)
 MULTIPROCESSORS = 132
 
 
@@ -36,8 +37,8 @@ def supports(*, q, k, v, log_decay, beta, scale, chunk_size, **arguments) -> dis
     return f"it is for Hopper GPUs, this is a {dispatch.platform()}"
   if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):
     return f"it needs jax 0.11, this is {jax.__version__}"
-  kind = (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).device_kind
-  if not any(name in kind for name in HOPPER):
+  kind = heuristics.device_kind()
+  if heuristics.of_kind(kind) is None:
     return f"it is for Hopper GPUs, this is {kind}"
   if beta is not None:
     return "it has no delta rule"
@@ -142,14 +143,15 @@ def document_before(document, tokens: int):
 
 
 def choose_tiling(heads: int, chunks: int, V: int):
-  """For `heads` sequences, over all of the batch; by times on an H100."""
+  """For `heads` sequences, over all of the batch."""
   from ops.kernels.gpu.scalar_decay_forward import Tiling
 
-  segments = max(1, MULTIPROCESSORS // heads)
-  if V == 64 or (segments > 1 and chunks // segments < 32):
+  here = heuristics.here()
+  segments = max(1, here.multiprocessors // heads)
+  if V == 64 or (segments > 1 and chunks // segments < here.scalar_wide):
     # Narrow blocks, before segments so short that finding their states costs more than it gains.
-    segments = max(1, MULTIPROCESSORS // (heads * (V // 64)))
-    return Tiling(max(1, min(segments, chunks // 8)), 3, 64)
+    programs = heads * (V // 64)
+    return Tiling(here.segments(programs, chunks, here.scalar_narrow), 3, 64)
   return Tiling(segments, 2 if segments > 1 else 3, 128)
 
 
@@ -182,7 +184,8 @@ def backward(
 
   (B, T, H), Hq, V = v.shape[:3], q.shape[2], v.shape[3]
   gates = sums_of_gates(log_decay, document)
-  segments = max(1, min(MULTIPROCESSORS // (B * H), T // CHUNK // 8))
+  here = heuristics.here()
+  segments = here.segments(B * H, T // CHUNK, here.scalar_backward)
   tiling, per_segment = cut(tiling or scans.Tiling(segments, 2, V), T // CHUNK)
   ends = [dstate]
   if tiling.segments > 1:

@@ -13,13 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from ops import dispatch
-from ops.kernels.gpu import scalar_decay
-from ops.kernels.gpu.scalar_decay import (
-  CHUNK,
-  MULTIPROCESSORS,
-  document_before,
-  folding_mapped_axes,
-)
+from ops.kernels.gpu import heuristics, scalar_decay
+from ops.kernels.gpu.scalar_decay import CHUNK, document_before, folding_mapped_axes
 from ops.segments import where_mask
 
 
@@ -91,7 +86,8 @@ def choose_tiling(heads: int, chunks: int, K: int, V: int):
 
 def segments_for(programs: int, chunks: int) -> int:
   """Into how many pieces to cut the sequence, so that so many programs each fill the GPU."""
-  return max(1, min(MULTIPROCESSORS // programs, chunks // 16))
+  here = heuristics.here()
+  return here.segments(programs, chunks, here.vector)
 
 
 def documents_by_chunk(document):
