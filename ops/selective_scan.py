@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from ops import affine, dispatch
 from ops.exponential import exp2
+from ops.kernels.gpu import selective_scan as kernels
 from ops.precision import state_dtype, varying_like
 from ops.segments import find_segments, where_mask
 from ops.time_axis import splits_time
@@ -57,7 +58,8 @@ def selective_scan(
     segment_ids: int32 [B T], documents and padding (negative), see `ops.segments`.
     reverse: scan from the right.
     implementation: "recurrent" (one token after the other), "parallel" (associative scan),
-      "chunked" (states kept at chunk borders only, recomputed in the backward pass), or None.
+      "chunked" (states kept at chunk borders only, recomputed in the backward pass), "pallas" (the
+      same in kernels for Hopper GPUs), or None.
     chunk_size: tokens per chunk of "chunked"; None chooses.
 
   Returns:
@@ -74,18 +76,21 @@ def selective_scan(
   dispatch.check_dtypes(x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=initial_state)
   dispatch.check_segment_ids(segment_ids)
   dispatch.check_chunk_size(chunk_size)
-  _, run = dispatch.choose(
+  name, run = dispatch.choose(
     "selective_scan", implementation, x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=initial_state,
     segment_ids=segment_ids, reverse=reverse, chunk_size=chunk_size,
   )  # fmt: skip
   dtype, out_dtype = state_dtype(x, dt, A, B, C, D, initial_state), x.dtype
   if initial_state is None:
     initial_state = jnp.zeros((x.shape[0], *A.shape), dtype)
-  x, dt, A, B, C, state = (array.astype(dtype) for array in (x, dt, A, B, C, initial_state))
-  state = varying_like(state, x, dt, A, B, C, segment_ids)
-  start = None
+  state = varying_like(initial_state.astype(dtype), x, dt, A, B, C, segment_ids)
+  segments = start = None
   if segment_ids is not None:
     segments = find_segments(segment_ids, reverse=reverse)
+  if name == "pallas":
+    return run(x, dt, A, B, C, D, state, segments, reverse)
+  x, dt, A, B, C = (array.astype(dtype) for array in (x, dt, A, B, C))
+  if segments is not None:
     x, dt, B, C = (where_mask(segments.real, array) for array in (x, dt, B, C))
     start = segments.start
   tokens = (x, dt, B, C, start)
@@ -96,7 +101,7 @@ def selective_scan(
     y = jnp.flip(y, 1)
   if D is not None:
     y = y + D.astype(dtype) * x
-  if segment_ids is not None:
+  if segments is not None:
     y = where_mask(segments.real, y)
   return y.astype(out_dtype), final_state
 
@@ -248,6 +253,11 @@ def _backward(residuals, cotangents):
 _scan_chunks.defvjp(_forward, _backward)
 
 
+def _preference(x, **arguments):
+  fast = ["pallas"] if x.shape[1] > 1 else []  # one token needs no kernel
+  return [*fast, "chunked", "recurrent", "parallel"]
+
+
 dispatch.declare(
   "selective_scan",
   {
@@ -260,6 +270,9 @@ dispatch.declare(
     "parallel": dispatch.Implementation(
       _parallel, dispatch.anything, "log T depth, arrays of [B T D N]"
     ),
-    "pallas": dispatch.NO_KERNEL,
+    "pallas": dispatch.Implementation(
+      kernels.scan, kernels.supports, "one pass over memory, few states kept"
+    ),
   },
+  _preference,
 )

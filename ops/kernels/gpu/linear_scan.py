@@ -72,11 +72,14 @@ def scan(a, b, state, segments: Segments | None, reverse: bool, interpret=None):
     reverse: scan from the right.
     interpret: `plgpu.InterpretGPUParams()` to run on a CPU.
   """
-  marks = None
-  if segments is not None:
-    marks = jnp.where(segments.start, START, jnp.where(segments.real, PLAIN, PADDING))
+  marks = None if segments is None else find_marks(segments)
   h, final_state = _scan(a, b, state, marks, reverse, interpret)
   return h if segments is None else where_mask(segments.real, h), final_state
+
+
+def find_marks(segments: Segments):
+  """int32 [B T]."""
+  return jnp.where(segments.start, START, jnp.where(segments.real, PLAIN, PADDING))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -172,17 +175,17 @@ def _walk(
   simulated, results = interpret is not None, len(dtypes)
   marked = marks is not None or T % tokens != 0
   if marked:
-    # Tiles are counted from where time begins, and the last may reach beyond where it ends.
-    marks = jnp.zeros((B, T), jnp.int32) if marks is None else marks.astype(jnp.int32)
-    ends = (tiles * tokens - T, 0) if reverse else (0, tiles * tokens - T)
-    marks = jnp.pad(marks, ((0, 0), ends), constant_values=PADDING).reshape(B, tiles, tokens)
-    marks = jnp.flip(marks, 1) if reverse else marks
+    marks = jnp.full((B, T), PLAIN) if marks is None else marks
+    marks = tile_marks(marks, tiles, tokens, reverse)
   program = functools.partial(program, tiling=tiling, descending=reverse != backward, marked=marked)
 
-  # The copy engine clips what lies before the first token, the interpreter does not.
-  margin = tokens if simulated else 0
+  # The copy engine clips tiles that reach beyond the first or last token, but not where a tile is
+  # one piece of memory; the interpreter does not before the first.
+  margin = tokens if simulated or (width == D and T % tokens) else 0
   if margin:
-    arrays = [jnp.pad(x, ((0, 0), (margin, 0), (0, 0))) for x in arrays]
+    arrays = [jnp.pad(x, ((0, 0), (margin, margin), (0, 0))) for x in arrays]
+  edges = jnp.stack([carry, first], axis=1)
+  edges = jnp.pad(edges, ((0, 0), (0, 0), (0, -D % width)))
 
   def kernel(*refs):
     refs = iter(refs)
@@ -240,7 +243,7 @@ def _walk(
     pl.run_scoped(
       run,
       [ring(stages, x.dtype) for x in arrays],
-      plgpu.SMEM((stages, tokens), jnp.int32) if marked else None,
+      plgpu.SMEM((stages, max(tokens, 32)), jnp.int32) if marked else None,
       [ring(2, dtype) for dtype in dtypes],
       plgpu.SMEM((3, width), jnp.float32),
       plgpu.SMEM((tiling.groups, 2, width), jnp.float32),
@@ -250,14 +253,28 @@ def _walk(
 
   *out, final = plgpu.kernel(
     kernel,
-    out_type=[jax.ShapeDtypeStruct((B, margin + T, D), dtype) for dtype in dtypes]
-    + [jax.ShapeDtypeStruct((B, D), jnp.float32)],
+    out_type=[jax.ShapeDtypeStruct((B, T + 2 * margin, D), dtype) for dtype in dtypes]
+    + [jax.ShapeDtypeStruct((B, edges.shape[2]), jnp.float32)],
     grid=(-(-D // width), B),
     grid_names=("block", "batch"),
     interpret=interpret,
     compiler_params=mosaic.PARAMS,
-  )(*arrays, jnp.stack([carry, first], axis=1), *([marks] if marked else []))
-  return [x[:, margin:] for x in out], final
+  )(*arrays, edges, *([marks] if marked else []))
+  return [x[:, margin : margin + T] for x in out], final[:, :D]
+
+
+def tile_marks(marks, tiles: int, tokens: int, reverse: bool):
+  """[B T] -> [B tiles tokens], tiles counted from where time begins; padding where it ends.
+
+  Tiles of less than 32 tokens have room for 32.
+  """
+  beyond = tiles * tokens - marks.shape[1]
+  marks = marks.astype(jnp.int32)
+  ends = (beyond, 0) if reverse else (0, beyond)
+  marks = jnp.pad(marks, ((0, 0), ends), constant_values=PADDING)
+  marks = marks.reshape(marks.shape[0], tiles, tokens)
+  marks = jnp.pad(marks, ((0, 0), (0, 0), (0, max(0, 32 - tokens))))  # copies are of 128 bytes
+  return jnp.flip(marks, 1) if reverse else marks
 
 
 def _states(

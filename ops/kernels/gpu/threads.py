@@ -181,6 +181,31 @@ class Threads:
     """The number of the thread whose index differs in the bit `distance`, below 32."""
     return Number(utils.shfl_bfly(x.value, distance))
 
+  def product(self, left, right, total) -> list[Number]:
+    """total + left @ right of a warp, on the tensor cores: [16 8] + [16 8] @ [8 8].
+
+    Of `left` and `right` only the first 10 bits after the point count. The lane 4 g + q has of
+    `left` the places (g, q), (g + 8, q), (g, q + 4), (g + 8, q + 4), of `right` (q, g), (q + 4, g),
+    of `total` (g, 2 q), (g, 2 q + 1), (g + 8, 2 q), (g + 8, 2 q + 1).
+    """
+    integer, kind = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    operands = [arith.bitcast(integer, x.value) for x in (*left, *right)]
+    operands += [x.value for x in total]
+    results = llvm.inline_asm(
+      ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>"), operands,
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+      "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+    )  # fmt: skip
+    place = lambda n: ir.DenseI64ArrayAttr.get([n])
+    return [Number(llvm.extractvalue(kind, results, place(n))) for n in range(4)]
+
+  def short(self, x: Number) -> Number:
+    """x without the bits that `product` does not see."""
+    integer = ir.IntegerType.get_signless(32)
+    bits = arith.andi(arith.bitcast(integer, x.value), utils.c(-(2**13), integer))
+    return Number(arith.bitcast(ir.F32Type.get(), bits))
+
   def wait_for_all(self):
     """Until all threads are here, and see what the others stored."""
     utils.warpgroup_barrier()
@@ -247,6 +272,18 @@ class Simulated:
 
   def exchange(self, x, distance):
     return x[self.index ^ distance]
+
+  def product(self, left, right, total):
+    grid = lambda x: jnp.broadcast_to(self.short(x), (THREADS,)).reshape(-1, 8, 4)
+    rows = [jnp.concatenate([grid(x), grid(y)], axis=2) for x, y in (left[::2], left[1::2])]
+    columns = [jnp.swapaxes(grid(x), 1, 2) for x in right]
+    left, right = jnp.concatenate(rows, axis=1), jnp.concatenate(columns, axis=1)
+    sums = jnp.matmul(left, right, precision="highest").reshape(-1, 2, 8, 4, 2)
+    return [x + sums[:, n // 2, :, :, n % 2].reshape(-1) for n, x in enumerate(total)]
+
+  def short(self, x):
+    bits = lax.bitcast_convert_type(jnp.broadcast_to(x, (THREADS,)), jnp.int32) & -(2**13)
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
   def wait_for_all(self):
     pass
