@@ -45,7 +45,9 @@ def _inputs(T, D, dtype):
   ids=["", "documents from the right"],
 )
 def test_values_and_gradients(monkeypatch, T, D, dtype, reverse, segment_ids):
-  monkeypatch.setattr(linear_scan, "ROWS", 2)  # several tiles, little to compile
+  monkeypatch.setattr(
+    "ops.kernels.gpu.linear_scan_tiles.ROWS", 2
+  )  # several tiles, little to compile
   inputs = _inputs(T, D, dtype)
   actual = compare.run(functools.partial(_scan, reverse=reverse), inputs, segment_ids)
   options = {"reverse": reverse, "segment_ids": segment_ids}
