@@ -68,6 +68,11 @@ def _oracle(q, k, v, g=None, beta=None):
   return reference.linear_attention(q, k, v, log_decay=g, beta=beta)
 
 
+def _simple_gla(q, k, v, g, **options):
+  """One decay per head: what `ops.ssd` runs, without its products of time steps."""
+  return ops.linear_attention(q, k, v, log_decay=g, **options)
+
+
 def _retention_oracle(q, k, v):
   decay = jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(v.shape[2]))))
   return _oracle(q, k, v, jnp.broadcast_to(decay, v.shape[:3]))
@@ -132,6 +137,7 @@ CASES = {
     "x",
   ),
   "linear_attention": _matrix_case(ops.linear_attention),
+  "simple_gla": _matrix_case(_simple_gla, g="scalar"),
   "ssd": Case(
     ops.ssd,
     reference.ssd,
@@ -160,7 +166,7 @@ _BF16 = "bfloat16"
 _LONG = {"B": 2, "T": 16384, "H": 16, "G": 16, "K": 128, "V": 128}
 _SHORT = {"B": 4, "T": 2048, "H": 16, "G": 16, "K": 128, "V": 128}
 _CPU = {"B": 2, "T": 4096, "H": 4, "G": 4, "K": 64, "V": 64}
-_MATRIX_OPS = ("ssd", "gla", "delta_rule", "gated_delta_rule", "kda")
+_MATRIX_OPS = ("simple_gla", "ssd", "gla", "delta_rule", "gated_delta_rule", "kda")
 
 
 def _workload(op: str, sizes: dict[str, int], *dtypes: str) -> Workload:

@@ -25,6 +25,7 @@ FLA = "flash-linear-attention"
 # Module and function of flash-linear-attention for each op of ours.
 FLA_OPS = {
   "linear_attention": ("fla.ops.linear_attn", "chunk_linear_attn"),
+  "simple_gla": ("fla.ops.simple_gla", "chunk_simple_gla"),
   "ssd": ("fla.ops.simple_gla", "chunk_simple_gla"),
   "gla": ("fla.ops.gla", "chunk_gla"),
   "delta_rule": ("fla.ops.delta_rule", "chunk_delta_rule"),

@@ -72,12 +72,12 @@ def test_inputs_are_in_the_dtypes_asked_for():
 
 def test_presets_are_the_table_of_targets():
   hopper = {(w.op, report.shape_text(w.sizes), w.dtype) for w in PRESETS["hopper"]}
-  for op in ("ssd", "gla", "delta_rule", "gated_delta_rule", "kda"):
+  for op in ("simple_gla", "ssd", "gla", "delta_rule", "gated_delta_rule", "kda"):
     assert (op, "B2 T16384 H16 K128 V128", "bfloat16") in hopper
     assert (op, "B4 T2048 H16 K128 V128", "bfloat16") in hopper
   assert ("linear_scan", "B4 T2048 D2048", "bfloat16") in hopper
   assert ("selective_scan", "B8 T2048 D2048 N16", "bfloat16") in hopper
-  assert len(hopper) == 12
+  assert len(hopper) == 14
   assert {(report.shape_text(w.sizes), w.dtype) for w in PRESETS["cpu"]} == {
     ("B2 T4096 H4 K64 V64", "float32")
   }
