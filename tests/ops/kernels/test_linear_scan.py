@@ -49,9 +49,17 @@ def test_values_and_gradients(monkeypatch, T, D, dtype, reverse, segment_ids):
     "ops.kernels.gpu.linear_scan_tiles.ROWS", 2
   )  # several tiles, little to compile
   inputs = _inputs(T, D, dtype)
-  actual = compare.run(functools.partial(_scan, reverse=reverse), inputs, segment_ids)
+  actual = compare.run(_scan, inputs, segment_ids, reverse=reverse)
   options = {"reverse": reverse, "segment_ids": segment_ids}
   compare.check(actual, compare.truth(reference.linear_scan, inputs, **options), dtype)
+  if segment_ids is not None:
+    inputs = {name: np.array(x) for name, x in inputs.items()}
+    for name in ("a", "b"):
+      inputs[name][0, (segment_ids[0] == 2) | (segment_ids[0] < 0)] = np.nan
+    spoilt = compare.run(_scan, inputs, segment_ids, reverse=reverse)
+    for name in ("o", "da", "db"):
+      others = segment_ids[0] != 2
+      np.testing.assert_array_equal(spoilt[name][0, others], actual[name][0, others], name)
 
 
 def _lowered(function, *arguments):
