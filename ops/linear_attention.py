@@ -266,9 +266,13 @@ def _parallel(tokens, state, scale, chunk_size, precision):
   return parallel(_scaled(tokens, scale), state, precision)
 
 
-def _preference(*, v, **arguments):
-  # One token needs no scores.
-  return ["pallas", "recurrent"] if v.shape[1] == 1 else ["pallas", "chunked"]
+def _preference(*, k, v, **arguments):
+  if v.shape[1] > 1:
+    return ["pallas", "chunked"]
+  # One token needs no scores. Where its state is small, XLA's own kernels are as fast, and cost
+  # less to launch.
+  large = v.size * k.shape[3] >= 2**21
+  return ["pallas", "recurrent"] if large else ["recurrent", "pallas"]
 
 
 dispatch.declare(

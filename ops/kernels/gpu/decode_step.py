@@ -18,8 +18,9 @@ from jax import lax
 from ops import dispatch
 from ops.kernels.gpu.scalar_decay import HOPPER, folding_mapped_axes
 
-ROWS = 16  # K is a multiple of it: those that the threads of a program hold at a time
 COLUMNS = 32  # of V per program
+WARPS = 4
+ROWS = 16  # K is a multiple of it: those that the threads of a program hold at a time
 LARGEST = 256  # K: more would not fit in registers
 
 
@@ -119,11 +120,12 @@ def launch(state, q, k, v, log_decay, beta, *, scale, columns=COLUMNS, interpret
   from jax.experimental.pallas import mosaic_gpu as plgpu
 
   (B, H, V), (Hq, K) = v.shape, k.shape[1:]
-  # 4 warps one below the other; a thread has 4 neighbouring columns, of every 16th (32nd) row.
-  lanes = columns // 4
-  tiles = (4 * 32 // lanes, columns), (32 // lanes, columns), (4,)
+  # Each warp has columns of its own, so that no sum goes through shared memory; a thread has 4
+  # neighbouring ones, of every 16th row.
+  lanes = columns // (4 * WARPS)
+  tiles = (32 // lanes, columns), (32 // lanes, columns // WARPS), (4,)
   layout = plgpu.Layout.TILED(
-    plgpu.Tiling(tiles), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+    plgpu.Tiling(tiles), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1
   )
 
   def kernel(state_hbm, q_hbm, k_hbm, v_hbm, log_decay_hbm, beta_hbm, o_hbm):
@@ -154,7 +156,9 @@ def launch(state, q, k, v, log_decay, beta, *, scale, columns=COLUMNS, interpret
     out_type=jax.ShapeDtypeStruct((B, H, V), jnp.float32),
     mesh=plgpu.Mesh(grid=(V // columns, H, B), grid_names=("block", "head", "batch")),
     compiler_params=plgpu.CompilerParams(
-      approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+      approx_math=True,
+      lowering_semantics=plgpu.LoweringSemantics.Lane,
+      unsafe_no_auto_barriers=True,  # no thread reads what another writes
     ),
     interpret=interpret,
     name="linear_attention_step",

@@ -93,7 +93,7 @@ def test_a_loop_keeps_the_state_in_place(decay):
 
   @functools.partial(jax.jit, donate_argnums=0)
   def many(state, token):
-    step = lambda state, _: ops.linear_attention_step(state, **token)[::-1]
+    step = lambda state, _: ops.linear_attention_step(state, **token, implementation="pallas")[::-1]
     return jax.lax.scan(step, state, length=5)
 
   lower = lambda *arguments: many.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
@@ -104,10 +104,10 @@ def test_a_loop_keeps_the_state_in_place(decay):
 
 @needs_mosaic
 def test_gradients_lower_and_explain_tells():
-  state, token = _structs(1, 2, 2, 64, 64, "scalar", beta=True)
+  state, token = _structs(8, 16, 16, 128, 128, "scalar", beta=True)
 
   def loss(state, token):
-    o, state = ops.linear_attention_step(state, **token)
+    o, state = ops.linear_attention_step(state, **token, implementation="pallas")
     return jnp.sum(o) + jnp.sum(state)
 
   gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
@@ -115,8 +115,8 @@ def test_gradients_lower_and_explain_tells():
   _on_hopper(lower, state, token)
   text = _on_hopper(lambda: ops.explain(ops.linear_attention_step, state, **token))
   assert "pallas     runs" in text
-  token["v"] = jax.ShapeDtypeStruct((1, 2, 40), jnp.float32)
-  state = jax.ShapeDtypeStruct((1, 2, 64, 40), jnp.float32)
+  token["v"] = jax.ShapeDtypeStruct((8, 16, 200), jnp.float32)
+  state = jax.ShapeDtypeStruct((8, 16, 128, 200), jnp.float32)
   text = _on_hopper(lambda: ops.explain(ops.linear_attention_step, state, **token))
   assert "recurrent  runs" in text
-  assert "V is 40, it takes multiples of 32" in text
+  assert "V is 200, it takes multiples of 32" in text
