@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       if not rows:
         raise UserError("nothing was timed: what was asked for cannot run here", status=1)
       if arguments.plot:
-        plots.roofline(rows, arguments.plot)
+        kept = report.read_rows(arguments.json) if arguments.json else rows
+        plots.roofline(kept, arguments.plot)
   except UserError as error:
     parser.exit(error.status, f"error: {error}\n")
   return int(any(row.get("failure") for row in rows))
@@ -92,7 +93,9 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--json", type=pathlib.Path, help="also write the rows here, over those of the same programs"
   )
-  parser.add_argument("--plot", type=pathlib.Path, help="also draw the roofline, a png")
+  parser.add_argument(
+    "--plot", type=pathlib.Path, help="also draw the roofline, a png, of all rows that --json holds"
+  )
   return parser
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact, Int
 
 from ops import affine, dispatch
+from ops.kernels import shards
 from ops.kernels.gpu import linear_scan as kernels
 from ops.precision import state_dtype, varying_like
 from ops.segments import find_segments, where_mask
@@ -78,7 +79,10 @@ def linear_scan(
   if segment_ids is not None:
     segments = find_segments(segment_ids, reverse=reverse)
   if name == "pallas":
-    return run(a, b, state, segments, reverse)
+    return shards.on_shards(
+      functools.partial(run, reverse=reverse), ("B T D", "B T D", "B D", "B T"), ("B T D", "B D"),
+      (a, b, state, segments), B=a.shape[0], D=a.shape[2],
+    )  # fmt: skip
   a, b = a.astype(dtype), b.astype(dtype)
   if segments is not None:
     a, b, start = where_mask(segments.real, a, 1.0), where_mask(segments.real, b), segments.start

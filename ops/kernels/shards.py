@@ -35,6 +35,12 @@ def refusal(**sizes: int) -> str | None:
   return None
 
 
+def part(letter: str, size: int) -> int:
+  """Of a letter of this size, what one device holds where all share it."""
+  devices = 1 if devices_along_time() > 1 else _devices(letter)
+  return size if size % devices else size // devices
+
+
 def on_shards(run: Callable, letters: Any, returned: Any, arguments: tuple, **sizes: int) -> Any:
   """`run(*arguments)`, where devices share arrays by what each holds of them.
 

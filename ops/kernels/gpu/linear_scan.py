@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ops import dispatch
+from ops.kernels import shards
 from ops.kernels.gpu.scalar_decay import HOPPER, folding_mapped_axes
 from ops.segments import Segments, where_mask
 
@@ -29,11 +30,12 @@ def supports(*, a, b, chunk_size, initial_state=None, **arguments) -> dispatch.R
   if initial_state is not None and initial_state.dtype not in (jnp.bfloat16, jnp.float32):
     return f"it takes bfloat16 and float32, initial_state is {initial_state.dtype}"
   multiple = 16 // min(a.dtype.itemsize, b.dtype.itemsize)
-  if a.shape[2] % multiple:
-    return f"D is {a.shape[2]}, it needs a multiple of {multiple}: rows of whole 16 bytes"
+  D = shards.part("D", a.shape[2])
+  if D % multiple:
+    return f"D is {D}, it needs a multiple of {multiple}: rows of whole 16 bytes"
   if chunk_size is not None:
     return "it chooses its chunks, chunk_size is for others"
-  return None
+  return shards.refusal(B=a.shape[0], D=a.shape[2])
 
 
 def not_on_this_device() -> dispatch.Reason:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ops import dispatch
+from ops.kernels import shards
 from ops.kernels.gpu.linear_scan import find_marks, not_on_this_device
 from ops.kernels.gpu.scalar_decay import folding_mapped_axes
 from ops.segments import Segments, where_mask
@@ -31,11 +32,12 @@ def supports(*, x, dt, A, B, C, D, initial_state, chunk_size, **arguments) -> di
       return f"it takes bfloat16 and float32, {name} is {array.dtype}"
   if A.shape[1] not in SIZES:
     return f"N is {A.shape[1]}, it knows {SIZES}"
-  if x.shape[2] % 8:
-    return f"D is {x.shape[2]}, it needs a multiple of 8: rows of whole 16 bytes"
+  width = shards.part("D", x.shape[2])
+  if width % 8:
+    return f"D is {width}, it needs a multiple of 8: rows of whole 16 bytes"
   if chunk_size is not None:
     return "it chooses its chunks, chunk_size is for others"
-  return None
+  return shards.refusal(B=x.shape[0], D=x.shape[2])
 
 
 def scan(x, dt, A, B, C, D, state, segments: Segments | None, reverse: bool, interpret=None):

@@ -143,3 +143,40 @@ def test_kernels_on_shards_of_gpus_that_are_not_there(monkeypatch):
   assert "manual_computation" in text
   (call,) = re.findall(r"custom_call @mosaic_gpu\w*\(.*", text)
   assert "tensor<2x128x1x64xbf16>" in call and "tensor<4x128" not in call
+
+
+@pytest.mark.parametrize("op", ("linear_scan", "selective_scan"))
+def test_devices_share_rows_and_channels(op, monkeypatch):
+  D, N, shapes = 4, 3, []
+  draw = lambda i, *shape: jnp.asarray(np.random.default_rng(i).normal(size=shape), "f4")
+  inputs = {"a": jax.nn.sigmoid(draw(0, B, T, D)), "b": draw(1, B, T, D)}
+  if op == "selective_scan":
+    inputs = {
+      "x": draw(0, B, T, D), "dt": jax.nn.softplus(draw(1, B, T, D)), "A": -jnp.exp(draw(2, D, N)),
+      "B": draw(3, B, T, N), "C": draw(4, B, T, N), "D": draw(5, D),
+    }  # fmt: skip
+  function = getattr(ops, op)
+
+  def stand_in(*arrays, reverse):
+    *arrays, state, segments = arrays
+    shapes.append((arrays[0].shape, state.shape))
+    ids = jnp.where(segments.real, segments.document, -1)
+    return function(
+      *arrays, initial_state=state, segment_ids=ids, reverse=reverse, implementation="recurrent"
+    )
+
+  declared, preference = dispatch._declared[op]
+  kernel = dispatch.Implementation(stand_in, dispatch.anything, "")
+  monkeypatch.setitem(dispatch._declared, op, ({**declared, "pallas": kernel}, preference))
+  segment_ids = _inputs((2, 2))["segment_ids"]
+
+  def loss(inputs, implementation):
+    o, state = function(**inputs, segment_ids=segment_ids, implementation=implementation)
+    return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.cos(state)), (o, state)
+
+  run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+  expected = run(inputs, "recurrent")
+  with jax.set_mesh(_mesh(data=4, tensor=2)):
+    actual = run(inputs, "pallas")
+  assert shapes[0][0] == (1, T, D // 2) and shapes[0][1][:2] == (1, D // 2)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-5, 1e-5), actual, expected)
