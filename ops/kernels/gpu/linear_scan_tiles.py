@@ -86,9 +86,9 @@ def walk(
     marks = tile_marks(marks, tiles, tokens, reverse)
   program = functools.partial(program, tiling=tiling, descending=reverse != backward, marked=marked)
 
-  # The copy engine clips tiles that reach beyond the first or last token, but not where a tile is
-  # one piece of memory; the interpreter does not before the first.
-  margin = tokens if simulated or (width == D and T % tokens) else 0
+  # The copy engine clips tiles that reach beyond the last token, but not where a tile is one piece
+  # of memory, and stumbles over what lies before the first.
+  margin = tokens if simulated or (T % tokens and (reverse or width == D)) else 0
   if margin:
     arrays = [jnp.pad(x, ((0, 0), (margin, margin), (0, 0))) for x in arrays]
   edges = jnp.stack([carry, first], axis=1)

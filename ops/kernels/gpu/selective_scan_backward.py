@@ -24,11 +24,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ops.kernels.gpu import mosaic
 from ops.kernels.gpu.linear_scan import PADDING, START, tile_marks
 from ops.kernels.gpu.selective_scan_forward import (
-  STATES,
   Lane,
   advance,
   beyond,
   channels,
+  states,
   tokens_kept,
 )
 from ops.kernels.gpu.threads import THREADS, run_threads
@@ -52,7 +52,7 @@ def gradients(
   tokens, W, simulated = tokens_kept(x, dt, N), channels(N), interpret is not None
   chunks, blocks = -(-T // tokens), -(-width // W)
   stages, marked = min(stages, chunks), marks is not None
-  margin = beyond(T, tokens, width, W, simulated)
+  margin = beyond(T, tokens, width == W, reverse, simulated)
   if marked:
     marks = tile_marks(marks, chunks, tokens, reverse)
   if margin:
@@ -76,7 +76,7 @@ def gradients(
     def place(chunk, first=margin):
       return pl.ds(first + (T - (chunk + 1) * tokens if reverse else chunk * tokens), tokens)
 
-    def run(arrays, marks_s, A_s, D_s, d_s, dA_s, dD_s, results, history_s, parts_s, full, ready):
+    def run(arrays, marks_s, A_s, D_s, d_s, dA_s, dD_s, results, history_s, full, ready):
       def fetch(step, slot):
         chunk = chunks - 1 - step
         here = place(chunk)
@@ -104,7 +104,7 @@ def gradients(
         run_threads(
           program,
           *[array.at[slot] for array in arrays], *[result.at[turn] for result in results],
-          A_s, D_s, d_s, dA_s, dD_s, history_s, parts_s,
+          A_s, D_s, d_s, dA_s, dD_s, history_s,
           *([marks_s.at[slot]] if marked else []),
           simulated=simulated,
         )  # fmt: skip
@@ -133,7 +133,7 @@ def gradients(
       plgpu.SMEM((stages, max(tokens, 32)), jnp.int32) if marked else None,
       float32((N, W)), float32((W,)), float32((N, W)), float32((N, W)), float32((W,)),
       [tile(2, x.dtype), tile(2, dt.dtype), float32((2, tokens, 2 * N))],
-      float32((tokens, 2 * STATES * THREADS)), float32((tokens, WARPS, 2 * N)),
+      float32((tokens, 2 * states(N) * THREADS)),
       plgpu.Barrier(num_arrivals=6 + marked, num_barriers=stages),
       plgpu.Barrier(num_arrivals=3),
     )  # fmt: skip
@@ -158,17 +158,17 @@ def gradients(
 
 def _clear(threads, dA, dD, *, N):
   lane, zero = Lane(threads, N), threads.constant(0.0)
-  lane.store_pairs(dA, [[zero, zero]] * STATES)
+  lane.store_pairs(dA, [[zero, zero]] * lane.states)
   dD.at(lane.column).store([zero, zero])
 
 
 def _gradients(
-  threads, x, dt, dy, B, C, before, dx, ddt, sums, A, D, d, dA, dD, history, parts, marks=None,
+  threads, x, dt, dy, B, C, before, dx, ddt, sums, A, D, d, dA, dD, history, marks=None,
   *, N, tokens, unroll, descending, exact,
 ):  # fmt: skip
   lane, where, W = Lane(threads, N), threads.where, channels(N)
-  rates, skip = lane.pairs(A), D.at(lane.own).load()[0]
-  own_history = history.at(threads.index * 4)
+  rates, (skip,) = lane.pairs(A), D.at(lane.own).load()
+  own_history, slot, count = history.at(threads.index * 4), 2 * lane.states * THREADS, lane.states
   flat = lambda h: [number for pair in h for number in pair]
   paired = lambda h: [list(pair) for pair in zip(h[::2], h[1::2])]
 
@@ -181,12 +181,12 @@ def _gradients(
       mark = marks.at(row).load()[0]
       is_padding = mark == PADDING
       x_t, dt_t, e_t = ([where(is_padding, 0, z) for z in pair] for pair in (x_t, dt_t, e_t))
-    return row, x_t, dt_t, e_t, lane.states(B.at(row * N)), lane.states(C.at(row * N)), mark
+    return row, x_t, dt_t, e_t, lane.of_token(B.at(row * N)), lane.of_token(C.at(row * N)), mark
 
   def remember(i, h):
     for t in range(4):
-      for n in range(0, 2 * STATES, 4):
-        place = own_history.at((i * 4 + t) * (2 * STATES * THREADS)).at(n * THREADS)
+      for n in range(0, 2 * count, 4):
+        place = own_history.at((i * 4 + t) * slot).at(n * THREADS)
         place.store(h[n : n + 4])
       _, x_t, dt_t, _, B_t, _, mark = token(i * 4 + t)
       if mark is not None:
@@ -196,22 +196,22 @@ def _gradients(
 
   after = threads.loop(tokens // 4, remember, flat(lane.pairs(before)))
   group = threads.index % 32 // 4
-  ones = [where(group == n, threads.constant(1.0), 0) for n in range(STATES)]
+  ones = [where(group == n, threads.constant(1.0), 0) for n in range(count)]
   none = threads.constant(0.0)
 
   def step(t, numbers):
-    after, d, dA = (numbers[2 * STATES * n :][: 2 * STATES] for n in range(3))
+    after, d, dA = (numbers[2 * count * n :][: 2 * count] for n in range(3))
     h, d, dA, dD = paired(after), paired(d), paired(dA), numbers[-1]
     row, x_t, dt_t, e_t, B_t, C_t, mark = token(t)
     h_before = []
-    for n in range(0, 2 * STATES, 4):
-      place = own_history.at(t * (2 * STATES * THREADS)).at(n * THREADS)
+    for n in range(0, 2 * count, 4):
+      place = own_history.at(t * slot).at(n * THREADS)
       h_before += place.load(0, 4)
     after, h_before = h_before, paired(h_before)
     both = lambda p, q: threads.multiply_add(p[0], q[0], p[1] * q[1])
     u, du, rate = [p * q for p, q in zip(dt_t, x_t)], [none] * 2, [none] * 2
     total = [none] * 4
-    for n in range(STATES):
+    for n in range(count):
       for_C = both(e_t, h[n])
       d[n] = [threads.multiply_add(e_t[c], C_t[n], d[n][c]) for c in range(2)]
       for_B = both(u, d[n])
@@ -228,16 +228,16 @@ def _gradients(
         pieces = [short, [p - q for p, q in zip(pieces[0], short)]]
       for piece in pieces:
         total = threads.product((ones[n], none, none, ones[n]), piece, total)
-    _store_sums(threads, lane, parts.at(row * (WARPS * 2 * N)), total)
+    # What this warp remembered of the token has been read: there is room for its sums.
+    _store_sums(threads, lane, history.at(t * slot).at(lane.warp * 128), total)
     du, rate = lane.total(du), lane.total(rate)
     x_t, dt_t, e_t = (lane.chosen(pair) for pair in (x_t, dt_t, e_t))
     ddt_t = threads.multiply_add(x_t, du, rate * LN_2)
     if mark is not None:
       ddt_t = where(mark == PADDING, 0, ddt_t)
-    is_one = lane.has_total if lane.parts > 2 else None
     at = lambda memory: memory.at(row * W).at(lane.own)
-    at(dx).store([threads.multiply_add(dt_t, du, skip * e_t)], where=is_one)
-    at(ddt).store([ddt_t], where=is_one)
+    at(dx).store([threads.multiply_add(dt_t, du, skip * e_t)], where=lane.is_one)
+    at(ddt).store([ddt_t], where=lane.is_one)
     return [*after, *flat(d), *flat(dA), threads.multiply_add(e_t, x_t, dD)]
 
   def steps(i, numbers):
@@ -247,36 +247,30 @@ def _gradients(
 
   numbers = [*after, *flat(lane.pairs(d)), *flat(lane.pairs(dA)), dD.at(lane.own).load()[0]]
   numbers = threads.loop(tokens // unroll, steps, numbers)
-  lane.store_pairs(d, paired(numbers[2 * STATES : 4 * STATES]))
-  lane.store_pairs(dA, paired(numbers[4 * STATES : 6 * STATES]))
-  dD.at(lane.own).store([numbers[-1]], where=lane.has_total if lane.parts > 2 else None)
+  lane.store_pairs(d, paired(numbers[2 * count : 4 * count]))
+  lane.store_pairs(dA, paired(numbers[4 * count : 6 * count]))
+  dD.at(lane.own).store([numbers[-1]], where=lane.is_one)
   threads.wait_for_all()
   for first in range(0, tokens * 2 * N, 4 * THREADS):
     place = threads.index * 4 + first
     row, column = place // (2 * N), place % (2 * N)
+    t = row * -1 + (tokens - 1) if descending else row
     summed = [none] * 4
     for warp in range(WARPS):
-      found = parts.at(row * (WARPS * 2 * N) + column).load(warp * 2 * N, 4)
+      found = history.at(t * slot + column).load(warp * 128, 4)
       summed = [p + q for p, q in zip(summed, found)]
-    sums.at(place).store(summed, where=None)
+    sums.at(place).store(summed)
 
 
 def _store_sums(threads, lane, parts, total):
   """The warp's share of dC and dB, from `total` of [dC or dB of a state] x [8 groups of lanes]."""
   state, quarter = threads.index % 32 // 4, threads.index % 4
-  place = parts.at(lane.warp * (2 * lane.N) + state)
-  if lane.parts == 8:
-    place = place.at(quarter * (2 * STATES))
-    for n, number in enumerate(total):
-      place.store([number], n // 2 * lane.N + n % 2 * STATES)
-    return
-  for_C, for_B = total[0] + total[1], total[2] + total[3]
+  is_state = state // lane.states == 0
   if lane.parts == 4:
-    place = place.at(quarter * STATES)
-    place.store([for_C])
-    place.store([for_B], lane.N)
+    for n in range(2):
+      place = parts.at(n * lane.N + quarter * lane.states + state)
+      place.store([total[2 * n] + total[2 * n + 1]], where=is_state)
     return
-  is_B = quarter % 2 == 1
-  other = threads.exchange(threads.where(is_B, for_C, for_B), 1)
-  place = place.at(quarter // 2 * STATES + quarter % 2 * lane.N)
-  place.store([threads.where(is_B, for_B, for_C) + other])
+  for n, number in enumerate(total):
+    place = parts.at(n // 2 * lane.N + (quarter * 2 + n % 2) * lane.states + state)
+    place.store([number], where=is_state)

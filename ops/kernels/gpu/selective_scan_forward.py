@@ -1,6 +1,6 @@
 """The selective scan from the first token to the last; see `selective_scan.py`.
 
-A thread has two channels and STATES of their N numbers, in registers; those of a channel are spread
+A thread has two channels and a few of their N numbers, in registers; those of a channel are spread
 over lanes of a warp, that add up what they have of y. Per token a multiprocessor can do one
 exponential per thread in the time of eight other instructions, which are what there is to save:
 two channels share what is loaded of B and C, and all tokens of an unrolled step are loaded before
@@ -20,8 +20,6 @@ from ops.kernels.gpu import mosaic
 from ops.kernels.gpu.linear_scan import PADDING, START, tile_marks
 from ops.kernels.gpu.threads import THREADS, run_threads
 
-STATES = 8  # of a channel in a thread
-
 
 class Tiling(NamedTuple):
   """How time is cut, and how many tokens a thread does at once."""
@@ -31,9 +29,14 @@ class Tiling(NamedTuple):
   unroll: int
 
 
+def states(N: int) -> int:
+  """Numbers of a channel in one thread; few, so that warps have others to wait beside."""
+  return 4 if N <= 32 else 8
+
+
 def channels(N: int) -> int:
   """Of one program."""
-  return 2 * THREADS * STATES // N
+  return 2 * THREADS * states(N) // N
 
 
 def tokens_kept(x, dt, N: int) -> int:
@@ -41,13 +44,13 @@ def tokens_kept(x, dt, N: int) -> int:
   return 16 if x.dtype == dt.dtype == jnp.bfloat16 and N <= 32 else 8
 
 
-def beyond(T: int, tokens: int, width: int, W: int, simulated: bool) -> int:
+def beyond(T: int, tokens: int, is_whole: bool, reverse: bool, simulated: bool) -> int:
   """Tokens to add before the first and after the last.
 
-  The copy engine clips tiles that reach beyond, but not where a tile is one piece of memory; the
-  interpreter does not before the first.
+  The copy engine clips tiles that reach beyond the last token, but not where a tile `is_whole` rows
+  of the array, one piece of memory, and stumbles over what lies before the first.
   """
-  return tokens if simulated or (width == W and T % tokens) else 0
+  return tokens if simulated or (T % tokens and (reverse or is_whole)) else 0
 
 
 def outputs(x, dt, A, B, C, D, state, marks, *, reverse, save=False, tiling=None, interpret=None):
@@ -65,11 +68,11 @@ def outputs(x, dt, A, B, C, D, state, marks, *, reverse, save=False, tiling=None
   """
   (batch, T, width), N = x.shape, A.shape[1]
   every = tokens_kept(x, dt, N)
-  tiling = tiling or Tiling(4 * every, 2, 4)
+  tiling = tiling or Tiling(4 * every, 2, 8)
   tokens, W, simulated = tiling.tokens, channels(N), interpret is not None
   tiles = -(-T // tokens)
   stages, marked, kept = min(tiling.stages, tiles), marks is not None, tokens // every
-  margin = beyond(T, tokens, width, W, simulated)
+  margin = beyond(T, tokens, width == W, reverse, simulated)
   if marked:
     marks = tile_marks(marks, tiles, tokens, reverse)
   if margin:
@@ -157,34 +160,31 @@ class Lane:
   """Which channels and states a thread has."""
 
   def __init__(self, threads, N: int):
-    self.threads, self.N, self.width = threads, N, channels(N)
-    self.parts = N // STATES  # threads that share channels
+    self.threads, self.N, self.width, self.states = threads, N, channels(N), states(N)
+    self.parts = N // self.states  # threads that share channels, 4 or 8
     pairs = 32 // self.parts  # in a warp
     lane = threads.index % 32
     self.warp, self.part = threads.index // 32, lane // pairs
-    self.pair = lane % pairs
-    self.column = (self.warp * pairs + self.pair) * 2
+    self.column = (self.warp * pairs + lane % pairs) * 2
     self.is_upper = lane // 16 == 1
-    # After `total`, one channel of a thread is left, in several threads if they are many.
-    self.own = (
-      self.column if self.parts == 1 else threads.where(self.is_upper, self.column + 1, self.column)
-    )
-    self.has_total = (lane % 16) // pairs == 0
+    # The channel that `total` leaves, in several threads, of which one is to store it.
+    self.own = threads.where(self.is_upper, self.column + 1, self.column)
+    self.is_one = lane % 16 // pairs == 0
 
   def pairs(self, memory):
-    """[N W] -> [STATES][2]."""
-    place = memory.at(self.part * (STATES * self.width) + self.column)
-    return [place.load(n * self.width, 2) for n in range(STATES)]
+    """[N W] -> [states][2]."""
+    place = memory.at(self.part * (self.states * self.width) + self.column)
+    return [place.load(n * self.width, 2) for n in range(self.states)]
 
   def store_pairs(self, memory, numbers):
-    place = memory.at(self.part * (STATES * self.width) + self.column)
+    place = memory.at(self.part * (self.states * self.width) + self.column)
     for n, pair in enumerate(numbers):
       place.store(pair, n * self.width)
 
-  def states(self, row):
-    """[N] -> [STATES], the same for all channels."""
-    place = row.at(self.part * STATES)
-    return place.load(0, 4) + place.load(4, 4)
+  def of_token(self, row):
+    """[N] -> [states], the same for all channels."""
+    place = row.at(self.part * self.states)
+    return [number for n in range(0, self.states, 4) for number in place.load(n, 4)]
 
   def chosen(self, pair):
     """The number of the channel that `total` leaves."""
@@ -206,7 +206,7 @@ def _outputs(threads, x, dt, B, C, A, D, state, y, *rest, N, tiling, descending,
   lane, where, W = Lane(threads, N), threads.where, channels(N)
   kept, (marks,) = rest[0] if save else None, (*rest[bool(save) :], None)[:1]
   rates = lane.pairs(A)
-  skip = D.at(lane.column).load(0, 2) if lane.parts == 1 else D.at(lane.own).load()
+  (skip,) = D.at(lane.own).load()
   sign = -1 if descending else 1
   flat = lambda h: [number for pair in h for number in pair]
   paired = lambda h: [list(pair) for pair in zip(h[::2], h[1::2])]
@@ -219,7 +219,7 @@ def _outputs(threads, x, dt, B, C, A, D, state, y, *rest, N, tiling, descending,
       at = lambda memory, size, token=token: memory.at(row * size).at(sign * token * size)
       loaded.append((
         at(x, W).at(lane.column).load(0, 2), at(dt, W).at(lane.column).load(0, 2),
-        lane.states(at(B, N)), lane.states(at(C, N)),
+        lane.of_token(at(B, N)), lane.of_token(at(C, N)),
         at(marks, 1).load()[0] if marks is not None else None,
       ))  # fmt: skip
     for x_t, dt_t, B_t, C_t, mark in loaded:
@@ -227,18 +227,15 @@ def _outputs(threads, x, dt, B, C, A, D, state, y, *rest, N, tiling, descending,
         x_t, dt_t = ([where(mark == PADDING, 0, z) for z in pair] for pair in (x_t, dt_t))
         h = [[where(mark == START, 0, z) for z in pair] for pair in h]
       h, y_t = advance(threads, h, x_t, dt_t, rates, B_t), [threads.constant(0.0)] * 2
-      for n in range(STATES):
+      for n in range(len(rates)):
         y_t = [threads.multiply_add(h[n][c], C_t[n], y_t[c]) for c in range(2)]
-      if lane.parts == 1:
-        y_t = [threads.multiply_add(*z) for z in zip(skip, x_t, y_t)]
-      else:
-        y_t = [threads.multiply_add(skip[0], lane.chosen(x_t), lane.total(y_t))]
+      y_t = threads.multiply_add(skip, lane.chosen(x_t), lane.total(y_t))
       if mark is not None:
-        y_t = [where(mark == PADDING, 0, z) for z in y_t]
+        y_t = where(mark == PADDING, 0, y_t)
       results.append(y_t)
     for token, y_t in enumerate(results):
       place = y.at(row * W).at(sign * token * W).at(lane.own)
-      place.store(y_t, where=lane.has_total if lane.parts > 2 else None)
+      place.store([y_t], where=lane.is_one)
     return flat(h)
 
   h = flat(lane.pairs(state))
@@ -256,12 +253,12 @@ def _outputs(threads, x, dt, B, C, A, D, state, y, *rest, N, tiling, descending,
 
 
 def advance(threads, h, x, dt, rates, B):
-  """h_t [STATES][2] from h_{t-1}."""
+  """h_t [states][2] from h_{t-1}."""
   u = [p * q for p, q in zip(dt, x)]
   return [
     [
       threads.multiply_add(threads.exp2(dt[c] * rates[n][c]), h[n][c], u[c] * B[n])
       for c in range(2)
     ]
-    for n in range(STATES)
+    for n in range(len(rates))
   ]

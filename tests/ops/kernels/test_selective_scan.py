@@ -43,7 +43,7 @@ def _inputs(T, D, N, dtype):
   ("T", "D", "N", "dtype", "reverse", "segment_ids"),
   [
     (41, 24, 16, "float32", False, None),
-    (69, 40, 64, "bfloat16", True, DOCUMENTS),
+    (69, 24, 32, "bfloat16", True, DOCUMENTS),
   ],
   ids=["", "documents from the right"],
 )
