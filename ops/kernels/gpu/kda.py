@@ -11,19 +11,23 @@ import jax
 import jax.numpy as jnp
 
 from ops import dispatch
-from ops.kernels.gpu import delta_rule, scalar_decay
+from ops.kernels.gpu import scalar_decay
 from ops.kernels.gpu.vector_decay import documents_by_chunk
 from ops.segments import where_mask
 
 CHUNK = scalar_decay.CHUNK
+WIDTHS = (64, 128)  # K and V that fit into shared memory
 TERMS = 2  # bfloat16 numbers for one of the inverse: see `delta_rule.py`
 
 
-def supports(*, log_decay, beta, **arguments) -> dispatch.Reason:
+def supports(*, q, v, log_decay, beta, **arguments) -> dispatch.Reason:
   """Why the kernels cannot run `linear_attention` on these arguments; None if they can."""
   if beta is None or log_decay is None or log_decay.ndim != 4:
     return "it has the delta rule with one decay per row of the state only"
-  return scalar_decay.supports(log_decay=None, beta=None, **arguments)
+  reason = scalar_decay.supports(q=q, v=v, log_decay=None, beta=None, **arguments)
+  if reason is None and not {q.shape[3], v.shape[3]} <= set(WIDTHS):
+    return f"K and V are {q.shape[3]} and {v.shape[3]}, it knows {WIDTHS} with the delta rule"
+  return reason
 
 
 def run(tokens, state, scale, chunk_size, precision):
@@ -84,7 +88,7 @@ def forward(q, k, v, log_decay, beta, state, document, *, scale, save=False, int
   """Outputs, the final state, and with `save` what `backward` takes."""
   from ops.kernels.gpu import kda_forward, kda_operands
 
-  steps = delta_rule.away_from_zero(beta).transpose(0, 2, 1)
+  steps = away_from_zero(beta).transpose(0, 2, 1)
   documents = documents_by_chunk(document)
   operands = kda_operands.operands(q, k, log_decay, steps, documents, scale, TERMS, interpret)
   before = jnp.swapaxes(state, 2, 3)
@@ -122,5 +126,10 @@ def backward(q, k, log_decay, beta, document, *saved, scale, interpret=None):
     group = lambda x: x.reshape(*k.shape[:3], -1, k.shape[3]).astype(jnp.float32).sum(3)
     dq, dk = group(dq).astype(q.dtype), group(dk).astype(k.dtype)
   # The product has V' . dV with the sign of N.
-  dbeta = -product.transpose(0, 2, 1) / delta_rule.away_from_zero(beta) ** 2
+  dbeta = -product.transpose(0, 2, 1) / away_from_zero(beta) ** 2
   return dq, dk, dv, dg, dbeta, jnp.swapaxes(dstate, 2, 3)
+
+
+def away_from_zero(beta):
+  """`beta`, by which the gradients are divided: what is lost of a value is 1e-6 of it."""
+  return jnp.where(jnp.abs(beta) < 1e-6, 1e-6, beta)

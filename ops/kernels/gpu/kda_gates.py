@@ -9,14 +9,15 @@ half by those up to it, and one product gives the pairs across all borders of a 
 
   level h = 32, 16, ... 1: borders in the middle of blocks of 2h; i and j differ first at bit h.
 
-Where the gates on either side of the chunk's middle sum to less than 60, the first level gives all
-pairs: on the other side of the border the weights are turned over, and their products stay finite.
+Where the gates on either side of the chunk's middle sum to less than 60, one level gives all pairs:
+on the other side of the border the weights are turned over, and their products stay finite.
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -28,12 +29,31 @@ TILE = 64  # of K: a warpgroup has so many rows of the state
 TERMS = 2  # bfloat16 numbers for one of float32
 LARGEST = 60.0  # exponent of a weight that is turned over
 
+# What `choices` holds, and the first of its levels.
+UP_TO, AFTER, FROM, ALL, FROM_MIDDLE, LEVEL = range(6)
+LEVELS = CHUNK.bit_length() - 1
 
-def positions(width: int = CHUNK):
-  """The rows and columns of a tile of CHUNK rows."""
+
+def choices() -> jax.Array:
+  """bfloat16 [N C C]: matrices that sum over some of the positions j, for each position i."""
+  i, j = np.indices((CHUNK, CHUNK))
+  right, left = (j <= i) & (j >= CHUNK // 2), (j > i) & (j < CHUNK // 2)
+  tables = [j <= i, j > i, j >= i, j >= 0, 1.0 * right - left]
+  for half in 2 ** np.arange(LEVELS)[::-1]:
+    towards = np.where(i & half, j <= i, j > i)
+    tables.append(towards & ((i ^ j) < half))
+  return jnp.asarray(np.stack(tables), jnp.bfloat16)
+
+
+def positions():
+  """The rows and columns of a tile."""
   return tuple(
-    plgpu.broadcasted_iota(jnp.int32, (CHUNK, width), axis, layout=WGMMA) for axis in (0, 1)
+    plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=WGMMA) for axis in (0, 1)
   )
+
+
+def load_choice(choices, n) -> jax.Array:
+  return plgpu.load(choices.at[n], layout=WGMMA, optimized=False)
 
 
 def store_split(x, target):
@@ -44,52 +64,35 @@ def store_split(x, target):
   plgpu.commit_smem()
 
 
-def sums(chosen, split, left: Callable) -> jax.Array:
-  """sum_m chosen_im x_m, float32 [C TILE], of x in `split`; `chosen` is a mask [C C]."""
-  chosen = left(jnp.where(chosen, 1.0, 0.0).astype(split.dtype))
-  return mosaic.products((CHUNK, TILE), [(chosen, split.at[term]) for term in range(TERMS)])
+def sums(choice, split, left: Callable) -> jax.Array:
+  """choice x, float32 [C TILE], of x in `split`."""
+  choice = left(choice)
+  return mosaic.products((CHUNK, TILE), [(choice, split.at[term]) for term in range(TERMS)])
 
 
-def to_border(i, j, half):
-  """The gates j between position i and the border in the middle of its block of 2 `half`."""
-  right = (i & half) != 0
-  here = (i ^ j) < half
-  return here & ((right & (j <= i)) | ((i & half == 0) & (j > i)))
-
-
-def for_each_level(split, spare, left: Callable, body: Callable, carried):
+def for_each_level(choices, split, spare, left: Callable, body: Callable, carried):
   """`body(carried, rows, columns, pairs)` for every level: weights [C TILE] of x and y, and
-  `pairs(i, j)`, the mask of what their product gives. `spare` is float32 [C] of shared memory."""
+  `pairs(i, j)`, the mask of what their product gives, None for all. `spare` is float32 [C] of
+  shared memory."""
+  exponent = sums(load_choice(choices, FROM_MIDDLE), split, left)
+  spare[...] = jnp.maximum(exponent, -exponent).max(1)
 
-  def one(half, exponent, mild, carried):
-    # Beyond the border the weights are turned over where the first level gives all.
-    if mild is None:
-      rows = columns = jnp.exp(exponent)
-      first, last = half, 2 * half
-    else:
-      other = exponent * jnp.where(mild, -1.0, 1.0)
-      right = (positions(TILE)[0] & half) != 0
-      rows = jnp.exp(jnp.where(right, exponent, other))
-      columns = jnp.exp(jnp.where(right, other, exponent))
-      first, last = jnp.where(mild, 1, half), jnp.where(mild, CHUNK, 2 * half)
+  def at_once(carried):
+    return body(carried, jnp.exp(exponent), jnp.exp(-exponent), None)
+
+  def level(n, carried):
+    half = lax.shift_right_logical(jnp.int32(CHUNK // 2), n)
+    weights = jnp.exp(sums(load_choice(choices, LEVEL + n), split, left))
 
     def pairs(i, j):
       differ = i ^ j
-      return (i > j) & (differ >= first) & (differ < last)
+      return (i > j) & (differ >= half) & (differ < 2 * half)
 
-    return body(carried, rows, columns, pairs)
+    return body(carried, weights, weights, pairs)
 
-  exponents = lambda half: sums(to_border(*positions(), half), split, left)
-  half = jnp.int32(CHUNK // 2)
-  exponent = exponents(half)
-  spare[...] = exponent.min(1)
-  # Rows at the ends are the farthest from the border.
-  mild = jnp.minimum(spare[0], spare[CHUNK - 1]) > -LARGEST
-  carried = one(half, exponent, mild, carried)
+  def one_by_one(carried):
+    return lax.fori_loop(jnp.int32(0), jnp.int32(LEVELS), level, carried)
 
-  def more(level, carried):
-    smaller = lax.shift_right_logical(half, level)
-    return one(smaller, exponents(smaller), None, carried)
-
-  levels = jnp.where(mild, 1, CHUNK.bit_length() - 1).astype(jnp.int32)
-  return lax.fori_loop(jnp.int32(1), levels, more, carried)
+  # Positions at the ends are the farthest from the middle.
+  mild = jnp.maximum(spare[0], spare[CHUNK - 1]) < LARGEST
+  return lax.cond(mild, at_once, one_by_one, carried)

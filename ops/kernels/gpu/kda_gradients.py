@@ -24,10 +24,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ops.kernels.gpu import mosaic
 from ops.kernels.gpu.kda_gates import (
+  AFTER,
+  ALL,
   CHUNK,
+  FROM,
   TERMS,
   TILE,
+  UP_TO,
+  choices,
   for_each_level,
+  load_choice,
   positions,
   store_split,
   sums,
@@ -54,7 +60,8 @@ def gradients(
   W, blocks = K // TILE, V // TILE
 
   def kernel(q_hbm, k_hbm, g_hbm, do_hbm, dv_hbm, written_hbm, carry_hbm, *rest):
-    before_hbm, after_hbm, documents_hbm, dq_hbm, dk_hbm, dg_hbm, product_hbm = rest
+    before_hbm, after_hbm, documents_hbm, choices_hbm, *outputs_hbm = rest
+    dq_hbm, dk_hbm, dg_hbm, product_hbm = outputs_hbm
     batch, head, chunk = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
     rows = pl.ds(chunk * C, C)
     key_head = lax.div(head, jnp.int32(H // Hq))
@@ -62,8 +69,9 @@ def gradients(
     tile = lambda n: pl.ds(n * TILE, TILE)
 
     def run(*refs):
-      q_s, k_s, y_s, do_s, dv_s, written_s, state_s, m_s, n_s, *refs = refs
-      split_s, carry_s, diagonal_s, spare_s, left_s, documents_s, mine, ready, met = refs
+      q_s, k_s, y_s, do_s, dv_s, written_s, before_s, after_s, m_s, n_s, *refs = refs
+      split_s, carry_s, diagonal_s, spare_s, left_s, documents_s, mine, pairs_ready, *refs = refs
+      states_ready, met = refs
 
       def left(x, n=0):
         """The left operand of a product, in registers; the interpreter wants it in memory."""
@@ -72,34 +80,26 @@ def gradients(
         left_s[w, n] = x
         return left_s.at[w, n]
 
-      def meet():
-        plgpu.barrier_arrive(met)
-        plgpu.barrier_wait(met)
-
-      def fetch_states(source, barrier):
-        for t in range(blocks):
-          for n in range(W):
-            here = source.at[batch, head, chunk, tile(t), tile(n)]
-            plgpu.copy_gmem_to_smem(here, state_s.at[t, n], ready[barrier])
-
       @pl.when(w == 0)
       def _():
         for t in range(blocks):
           for source, target in ((do_hbm, do_s), (dv_hbm, dv_s)):
             here = source.at[batch, rows, head, tile(t)]
-            plgpu.copy_gmem_to_smem(here, target.at[t], ready[0])
+            plgpu.copy_gmem_to_smem(here, target.at[t], pairs_ready)
           here = written_hbm.at[batch, head, chunk, tile(t)]
-          plgpu.copy_gmem_to_smem(here, written_s.at[t], ready[0])
-        fetch_states(before_hbm, 1)
+          plgpu.copy_gmem_to_smem(here, written_s.at[t], pairs_ready)
 
       for source, target in ((q_hbm, q_s), (k_hbm, k_s)):
         here = source.at[batch, rows, key_head, tile(w)]
         plgpu.copy_gmem_to_smem(here, target.at[w], mine.at[w])
       plgpu.copy_gmem_to_smem(carry_hbm.at[batch, head, chunk, tile(w)], carry_s.at[w], mine.at[w])
-
       if documents is not None:
         here = documents_hbm.at[batch, rows]
         plgpu.copy_gmem_to_smem(here, documents_s.at[w], mine.at[w])
+      for source, target in ((before_hbm, before_s), (after_hbm, after_s)):
+        for t in range(blocks):
+          here = source.at[batch, head, chunk, tile(t), tile(w)]
+          plgpu.copy_gmem_to_smem(here, target.at[t, w], states_ready.at[w])
 
       wide = lambda x: x.astype(jnp.float32)
       total = lambda terms: mosaic.products((C, TILE), terms)
@@ -107,37 +107,24 @@ def gradients(
       split = split_s.at[w]
       g = plgpu.load(g_hbm.at[batch, rows, head, tile(w)], layout=WGMMA, optimized=False)
       store_split(g, split)
-      from_start = jnp.exp(sums(i >= j, split, left))
       plgpu.barrier_wait(mine.at[w])
+      q, k = (plgpu.load(x.at[w], layout=WGMMA) for x in (q_s, k_s))
       document = None if documents is None else Documents(documents_s.at[w])
-      together = lambda mask: mask if document is None else mask & document.pairs()
-      if document is not None:
-        from_start = document.before(from_start)
-
-      plgpu.barrier_wait(ready[0])
+      plgpu.barrier_wait(pairs_ready)
 
       def pairs(source, factor, target, diagonal):
         """factor source V'^T, rounded, below the diagonal; on it, float32."""
         x = total([(source.at[t], written_s.at[t]) for t in range(blocks)]) * factor
         diagonal[...] = jnp.where(i == j, x, 0).sum(1)
-        target[...] = jnp.where(together(i > j), x, 0).astype(dtype)
+        kept = i > j if document is None else (i > j) & document.pairs()
+        target[...] = jnp.where(kept, x, 0).astype(dtype)
 
       # Two warpgroups make one each.
       pl.when(w == 0)(lambda: pairs(do_s, scale, m_s, diagonal_s.at[0]))
       pl.when(w == W - 1)(lambda: pairs(dv_s, -1.0, n_s, diagonal_s.at[1]))
       plgpu.commit_smem()
-      meet()
-      pl.when(w == 0)(
-        lambda: plgpu.copy_smem_to_gmem(diagonal_s.at[1], product_hbm.at[batch, head, rows])
-      )
-
-      plgpu.barrier_wait(ready[1])
-      q, k = (plgpu.load(x.at[w], layout=WGMMA) for x in (q_s, k_s))
-      states = [plgpu.load(state_s.at[t, w], layout=WGMMA) for t in range(blocks)]
-      read = lambda x: total([(x.at[t], state_s.at[t, w]) for t in range(blocks)]) * from_start
-      dq, dk = read(do_s) * scale, -read(dv_s)
-      meet()
-      pl.when(w == 0)(lambda: fetch_states(after_hbm, 2))
+      plgpu.barrier_arrive(met)
+      plgpu.barrier_wait(met)
 
       def level(carried, weights, opposite, kept):
         dq, dk, columns = carried
@@ -145,61 +132,81 @@ def gradients(
         k_s[w] = (wide(k) * weights).astype(dtype)
         y_s[w] = (wide(k) * opposite).astype(dtype)
         plgpu.commit_smem()
-        i, j = positions()
-        zero = jnp.zeros((), dtype)
-        m, n = (jnp.where(kept(i, j), plgpu.load(x, layout=WGMMA), zero) for x in (m_s, n_s))
-        dq += weights * total([(left(m, 0), y_s.at[w])])
-        dk += weights * total([(left(n, 1), y_s.at[w])])
-        m, n = (jnp.where(kept(j, i), transposed(x, simulated), zero) for x in (m_s, n_s))
-        columns += opposite * total([(left(m, 2), q_s.at[w]), (left(n, 3), k_s.at[w])])
+        if kept is None:
+          operands = [(m_s, n_s), (m_s.transpose((1, 0)), n_s.transpose((1, 0)))]
+        else:
+          i, j = positions()
+          some = lambda mask, x: jnp.where(mask, x, jnp.zeros((), dtype))
+          load = lambda x: plgpu.load(x, layout=WGMMA)
+          turned = lambda x: transposed(x, simulated)
+          some = lambda mask, x: jnp.where(mask, x, jnp.zeros((), dtype))
+          operands = [
+            [left(some(kept(i, j), load(x)), n) for n, x in enumerate((m_s, n_s))],
+            [left(some(kept(j, i), turned(x)), 2 + n) for n, x in enumerate((m_s, n_s))],
+          ]
+        (m, n), (m_turned, n_turned) = operands
+        dq += weights * total([(m, y_s.at[w])])
+        dk += weights * total([(n, y_s.at[w])])
+        columns += opposite * total([(m_turned, q_s.at[w]), (n_turned, k_s.at[w])])
         return [dq, dk, columns]
 
       dq, dk, columns = for_each_level(
-        split, spare_s.at[w], left, level, [dq, dk, mosaic.zeros(C, TILE)]
+        choices_hbm, split, spare_s.at[w], left, level, [mosaic.zeros(C, TILE)] * 3
       )
-      i, j = positions()
-      # These weights come from the gates, whose place db, y and z take below.
-      to_end = jnp.exp(sums(j > i, split, left))
+      plgpu.barrier_wait(states_ready.at[w])
+      choice = lambda n: load_choice(choices_hbm, n)
+      factors = lambda n: jnp.exp(sums(choice(n), split, left))
+      read = lambda x: total([(x.at[t], before_s.at[t, w]) for t in range(blocks)])
+      from_start = factors(UP_TO)
       if document is not None:
-        to_end = document.after(to_end)
-      store_split(wide(q) * dq + wide(k) * (dk - columns), split)
-      dg = sums(together(j >= i), split, left)
+        from_start = document.before(from_start)
+      dq += read(do_s) * (from_start * scale)
+      dk -= read(dv_s) * from_start
+      db = wide(q) * dq + wide(k) * (dk - columns)
       own = along_rows(plgpu.load(diagonal_s.at[0], layout=WGMMA.reduce(1)), TILE)
-      dq += own * wide(k)
-      dk += own * wide(q) + columns
+      q_s[w] = (dq + own * wide(k)).astype(dtype)
+      dk += columns + own * wide(q)
 
-      plgpu.barrier_wait(ready[2])
-      end = to_end * total(
-        [(written_s.at[t].transpose((1, 0)), state_s.at[t, w]) for t in range(blocks)]
-      )
-      dk += end
-      store_split(wide(k) * end, split)
-      dg += sums(together(j < i), split, left)
-      both = sum(
-        wide(states[t]) * wide(plgpu.load(state_s.at[t, w], layout=WGMMA)) for t in range(blocks)
-      )
-      carry = plgpu.load(carry_s.at[w], layout=WGMMA.reduce(0))
-      store_split(both * along_columns(carry, TILE), split)
-      dg += sums(i == i, split, left)
-
-      dg_hbm[batch, rows, head, tile(w)] = dg
-      q_s[w] = dq.astype(dtype)
-      k_s[w] = dk.astype(dtype)
+      end = factors(AFTER)
+      if document is not None:
+        end = document.after(end)
+      turned = [(written_s.at[t].transpose((1, 0)), after_s.at[t, w]) for t in range(blocks)]
+      end *= total(turned)
+      k_s[w] = (dk + end).astype(dtype)
       plgpu.commit_smem()
       for source, target in ((q_s, dq_hbm), (k_s, dk_hbm)):
         plgpu.copy_smem_to_gmem(source.at[w], target.at[batch, rows, head, tile(w)])
+
+      # All that ends after the chunk, less what begins in it after the token.
+      end *= wide(k)
+      store_split(db - end, split)
+      later = choice(FROM)
+      if document is not None:
+        later = jnp.where(document.pairs(), later, jnp.zeros((), dtype))
+      dg = sums(later, split, left)
+      load = lambda x, t: wide(plgpu.load(x.at[t, w], layout=WGMMA))
+      carry = plgpu.load(carry_s.at[w], layout=WGMMA.reduce(0))
+      kept = sum(load(before_s, t) * load(after_s, t) for t in range(blocks))
+      store_split(kept * along_columns(carry, TILE) + end, split)
+      constant = sums(choice(ALL), split, left)
+      dg += constant if document is None else document.after(constant)
+      dg_hbm[batch, rows, head, tile(w)] = dg
+      pl.when(w == 0)(
+        lambda: plgpu.copy_smem_to_gmem(diagonal_s.at[1], product_hbm.at[batch, head, rows])
+      )
       plgpu.wait_smem_to_gmem(0)
 
     tiles = lambda *shape: plgpu.SMEM((*shape, TILE, TILE), dtype, transforms=TILED)
     vectors = lambda n: plgpu.SMEM((n, TILE), jnp.float32)
     pl.run_scoped(
-      lambda *refs: run(*refs[:-5], refs[-5], refs[-4:-1], refs[-1]),
+      run,
       tiles(W), tiles(W), tiles(W), tiles(blocks), tiles(blocks), tiles(blocks),
-      tiles(blocks, W), tiles(), tiles(), tiles(W, TERMS),
+      tiles(blocks, W), tiles(blocks, W), tiles(), tiles(), tiles(W, TERMS),
       vectors(W), vectors(2), vectors(W), tiles(W, 4) if simulated else None,
       None if documents is None else vectors(W),
       plgpu.Barrier(num_arrivals=3 if documents is None else 4, num_barriers=W),
-      *(plgpu.Barrier(num_arrivals=n * blocks) for n in (3, W, W)),
+      plgpu.Barrier(num_arrivals=3 * blocks),
+      plgpu.Barrier(num_arrivals=2 * blocks, num_barriers=W),
       plgpu.Barrier(num_arrivals=W),
       collective_axes="thread",
     )  # fmt: skip
@@ -215,7 +222,7 @@ def gradients(
     thread_name="thread",
     interpret=interpret,
     compiler_params=mosaic.PARAMS,
-  )(q, k, log_decay, do, dv, written, carry, before, after, documents)
+  )(q, k, log_decay, do, dv, written, carry, before, after, documents, choices())
 
 
 def transposed(ref, simulated: bool) -> jax.Array:

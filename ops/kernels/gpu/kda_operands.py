@@ -19,10 +19,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ops.kernels.gpu import delta_rule_inverse, mosaic
 from ops.kernels.gpu.delta_rule_forward import load_transposed
 from ops.kernels.gpu.kda_gates import (
+  AFTER,
   CHUNK,
   TERMS,
   TILE,
+  UP_TO,
+  choices,
   for_each_level,
+  load_choice,
   positions,
   store_split,
   sums,
@@ -48,7 +52,7 @@ def operands(q, k, log_decay, beta, documents, scale: float, terms: int, interpr
   C, dtype, simulated = CHUNK, q.dtype, interpret is not None
   W = K // TILE
 
-  def kernel(q_hbm, k_hbm, g_hbm, beta_hbm, documents_hbm, *outputs):
+  def kernel(q_hbm, k_hbm, g_hbm, beta_hbm, documents_hbm, choices_hbm, *outputs):
     *weighed_hbm, carry_hbm, scores_hbm, inverse_hbm = outputs
     batch, head, chunk = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
     rows = pl.ds(chunk * C, C)
@@ -83,9 +87,8 @@ def operands(q, k, log_decay, beta, documents, scale: float, terms: int, interpr
       q, k = (plgpu.load(x.at[w], layout=WGMMA) for x in (q_s, k_s))
       wide = lambda x: x.astype(jnp.float32)
 
-      i, j = positions()
-      from_start = jnp.exp(sums(i >= j, split, left))
-      to_end = jnp.exp(sums(j > i, split, left))
+      factors = lambda n: jnp.exp(sums(load_choice(choices_hbm, n), split, left))
+      from_start, to_end = factors(UP_TO), factors(AFTER)
       total = sum(load_transposed(split.at[term], simulated).sum(1) for term in range(TERMS))
       carry = jnp.exp(total)
       if documents is not None:
@@ -111,13 +114,14 @@ def operands(q, k, log_decay, beta, documents, scale: float, terms: int, interpr
         products = [
           mosaic.product((C, C), x.at[w], y_s.at[w].transpose((1, 0))) for x in (q_s, k_s)
         ]
-        kept = pairs(*positions())
+        i, j = positions()
+        kept = i > j if pairs is None else pairs(i, j)
         if documents is not None:
           kept = kept & Documents(documents_s.at[w]).pairs()
         return [x + jnp.where(kept, y, 0) for x, y in zip(pairs_of, products)]
 
       scores, pairs = for_each_level(
-        split, spare_s.at[w], left, level, [mosaic.zeros(C, C), mosaic.zeros(C, C)]
+        choices_hbm, split, spare_s.at[w], left, level, [mosaic.zeros(C, C), mosaic.zeros(C, C)]
       )
       i, j = positions()
       scores = jnp.where(i == j, along_rows((wide(q) * wide(k)).sum(1), C), scores)
@@ -191,4 +195,4 @@ def operands(q, k, log_decay, beta, documents, scale: float, terms: int, interpr
     thread_name="thread",
     interpret=interpret,
     compiler_params=mosaic.PARAMS,
-  )(q, k, log_decay, beta, documents)  # fmt: skip
+  )(q, k, log_decay, beta, documents, choices())  # fmt: skip
