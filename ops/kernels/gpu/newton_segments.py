@@ -1,16 +1,17 @@
 """A nonlinear recurrence over segments of the sequence, all at once: Newton's method between them.
 
 Where there are few channels, most of a GPU waits for the one chain from state to state. So the
-sequence is cut, and every segment starts from a guess, s_i, of the state before it. Its loop ends
-in e_i = F_i(s_i) and yields J_i = dF_i/ds_i on the way; the starts that fit together follow from
-one short linear recurrence,
+sequence is cut, and every segment starts from a guess, s_i, of the state before it: what the few
+tokens before make of zero. Its loop ends in e_i = F_i(s_i) and yields J_i = dF_i/ds_i on the way.
+If some segment does not start where the one before it ends, the starts follow that would fit if
+F_i were linear,
 
   s'_{i+1} = e_i + J_i (s'_i - s_i)
 
-and the loops run again, until each starts where the one before it ends. Cells that forget within a
-segment need two runs; after i runs the first i segments are exact whatever the cell, so that the
-states are always those of the loop. The gradients are linear: one run without what comes from
-behind, the same recurrence with transposed J_i from the right, and one run with it.
+and the loops run again. Cells that forget within a few tokens need one run; after i runs the first
+i segments are exact whatever the cell, so that the states are always those of the loop. The
+gradients go the same way from the right with transposed J_i; as they are linear, they fit after the
+second run, where all are numbers.
 
 A run is the kernel of `newton_loop.py`; segments are rows.
 """
@@ -21,10 +22,12 @@ import jax.numpy as jnp
 from ops.kernels.gpu import newton_cell, newton_loop
 from ops.kernels.gpu.newton_cell import ChannelCell
 
-TOLERANCE = 4e-6  # of the size of a state and 1, where one segment ends and the next one starts
+TOLERANCE = 4e-6  # of a channel's largest number, where one segment ends and the next one starts
 PROGRAMS = 264  # that run at once: two on each multiprocessor
 SHORTEST = 64  # tokens of a segment
 FEWEST = 8  # segments: fewer gain nothing
+LEAST = 2048  # tokens: the loop over fewer ends before segments have been fitted together
+WARM = 64  # tokens from which a start is guessed, at most
 
 
 def choose_segments(B: int, T: int, D: int) -> int:
@@ -32,8 +35,9 @@ def choose_segments(B: int, T: int, D: int) -> int:
   programs, segments = B * D // newton_loop.CHANNELS, 1
   while T % (2 * segments) == 0 and 2 * segments * programs <= PROGRAMS:
     segments *= 2
-  segments = min(segments, T // SHORTEST)
-  return segments if segments >= FEWEST and T % segments == 0 else 1
+  while SHORTEST * segments > T:
+    segments //= 2
+  return segments if segments >= FEWEST and T >= LEAST else 1
 
 
 def states(cell: ChannelCell, params, state, kinds, xs, segments: int, interpret=None):
@@ -45,10 +49,12 @@ def states(cell: ChannelCell, params, state, kinds, xs, segments: int, interpret
     kinds: int32 [B T], or None.
   """
   fold = lambda x: _fold(x, segments)
-  rows = [fold(x) for x in xs]
-  kinds, params = newton_loop.padded(fold(kinds)), _each(params, segments)
-  guess = cell.step(*_guess_arguments(params, state, rows))
-  guess = jnp.stack(guess, 1).reshape(-1, segments, *state.shape[1:])
+  rows, marks, params = [fold(x) for x in xs], fold(kinds), _each(params, segments)
+  kinds, zeros = newton_loop.padded(marks), _each(jnp.zeros_like(state), segments)
+  last = lambda x: None if x is None else x[:, -_warm(x.shape[1]) :]
+  guess = newton_loop.loop(
+    cell, params, zeros, newton_loop.padded(last(marks)), list(map(last, rows)), interpret=interpret
+  )[:, -1].reshape(-1, segments, *state.shape[1:])
   starts = jnp.concatenate([state[:, None], guess[:, :-1]], axis=1)
 
   def run(starts):
@@ -58,14 +64,9 @@ def states(cell: ChannelCell, params, state, kinds, xs, segments: int, interpret
     ends, maps = _unflat(h[:, -1], starts), maps.reshape(*starts.shape[:2], *maps.shape[1:])
     return h, maps, ends
 
-  def misfit(starts, ends):
-    a, b = starts[:, 1:], ends[:, :-1]
-    same = (a == b) | (jnp.isnan(a) & jnp.isnan(b))
-    return jnp.max(jnp.where(same, 0, jnp.abs(a - b) / (1 + jnp.abs(b))), axis=(1, 2))
-
   def unfinished(carry):
     starts, (_, _, ends), count = carry
-    return (count < segments) & ~jnp.all(misfit(starts, ends) <= TOLERANCE)
+    return (count < segments) & ~_fit(starts[:, 1:], ends[:, :-1])
 
   def again(carry):
     starts, (_, maps, ends), count = carry
@@ -75,7 +76,8 @@ def states(cell: ChannelCell, params, state, kinds, xs, segments: int, interpret
 
   first = (starts, run(starts), jnp.ones((), jnp.int32))
   starts, (h, maps, ends), count = jax.lax.while_loop(unfinished, again, first)
-  h, error = h.reshape(*xs[0].shape[:2], *state.shape[1:]), misfit(starts, ends)
+  h = h.reshape(*xs[0].shape[:2], *state.shape[1:])
+  error = jnp.max(_misfit(starts[:, 1:], ends[:, :-1]), axis=(1, 2))
   return h, error, jnp.full(error.shape, count), starts, maps
 
 
@@ -84,23 +86,34 @@ def gradients(cell: ChannelCell, params, kinds, xs, h, g, starts, maps, interpre
   segments = starts.shape[1]
   fold = lambda x: _fold(x, segments)
   rows, h, g = [fold(x) for x in xs], fold(h), fold(g)
-  arguments = (
-    cell,
-    _each(params, segments),
-    _flat(starts),
-    newton_loop.padded(fold(kinds)),
-    rows,
-    h,
-    g,
-  )
-  nothing = jnp.zeros_like(_flat(starts))
-  local = newton_loop.loop_gradients(*arguments, nothing, only_state=True, interpret=interpret)
-  flip = lambda x: jnp.flip(x, 1)
-  local, maps = flip(_unflat(local, starts)), flip(jnp.swapaxes(maps, 2, 3))
-  zeros = jnp.zeros_like(starts)
-  reached = flip(_follow(maps, local, zeros, zeros[:, 0], interpret))
-  later = jnp.concatenate([reached[:, 1:], zeros[:, :1]], axis=1)
-  dstarts, dparams, dxs = newton_loop.loop_gradients(*arguments, _flat(later), interpret=interpret)
+  marks, params, zeros = fold(kinds), _each(params, segments), jnp.zeros_like(starts)
+  left_of = lambda later: jnp.concatenate([later[:, 1:], zeros[:, :1]], axis=1)
+  first = lambda x: None if x is None else x[:, : _warm(x.shape[1])]
+  guess = newton_loop.loop_gradients(
+    cell, params, _flat(starts), newton_loop.padded(first(marks)), list(map(first, rows)), first(h),
+    first(g), _flat(zeros), only_state=True, interpret=interpret,
+  )  # fmt: skip
+
+  def run(later):
+    kinds = newton_loop.padded(marks)
+    return newton_loop.loop_gradients(
+      cell, params, _flat(starts), kinds, rows, h, g, _flat(later), interpret=interpret
+    )
+
+  def unfinished(carry):
+    later, (reached, _, _), count = carry
+    return (count < segments) & ~_fit(later[:, :-1], _unflat(reached, starts)[:, 1:])
+
+  def again(carry):
+    later, (reached, _, _), count = carry
+    flip = lambda x: jnp.flip(x, 1)
+    arguments = jnp.swapaxes(maps, 2, 3), _unflat(reached, starts), later
+    later = left_of(flip(_follow(*map(flip, arguments), zeros[:, 0], interpret)))
+    return later, run(later), count + 1
+
+  later = left_of(_unflat(guess, starts))
+  carry = (later, run(later), jnp.ones((), jnp.int32))
+  _, (dstarts, dparams, dxs), _ = jax.lax.while_loop(unfinished, again, carry)
   dparams = dparams.reshape(-1, segments, *dparams.shape[1:]).sum(1)
   return _unflat(dstarts, starts)[:, 0], dparams, [dx.reshape(x.shape) for dx, x in zip(dxs, xs)]
 
@@ -126,11 +139,19 @@ def _follow(maps, ends, starts, state, interpret):
   )
 
 
-def _guess_arguments(params, state, rows):
-  """For `ChannelCell.step`: each segment's last token, from a state of zero."""
-  numbers = lambda x: [x[:, i] for i in range(x.shape[1])]
-  x = [number for row in rows for number in numbers(row[:, -1])]
-  return numbers(params), [jnp.zeros_like(x[0])] * state.shape[1], x
+def _misfit(a, b):
+  return jnp.where((a == b) | (jnp.isnan(a) & jnp.isnan(b)), 0, jnp.abs(a - b))
+
+
+def _fit(a, b):
+  """Whether a [B S M D] are b, up to rounding of the largest of a channel."""
+  size = jnp.where(jnp.isfinite(b), jnp.abs(b), 0)
+  return jnp.all(_misfit(a, b) <= TOLERANCE * jnp.max(size, axis=(1, 2), keepdims=True))
+
+
+def _warm(length):
+  """From how many tokens of a segment the start of its neighbour is guessed."""
+  return min(WARM, -(-length // 4))
 
 
 def _fold(x, segments):

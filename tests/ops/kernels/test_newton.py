@@ -64,9 +64,6 @@ def glu(params, h, x):
 
 
 def _draw(name, B, T):
-  if name == "toggle":  # remembers, and switches: segments fit together late
-    x = np.sign(np.random.default_rng(1).normal(size=(B, T, 3)))
-    return cells.TOGGLE, np.float64(2.0), x, np.full((B, 3), 0.5)
   if name != "glu":
     return cells.CELLS[name], *cells.draw(name, B, T)
   rng = np.random.default_rng(0)
@@ -83,8 +80,7 @@ def _draw(name, B, T):
     ("block", 1, 7, True, 1),
     ("glu", 1, 1, False, 1),
     ("diagonal", 2, 12, True, 3),
-    ("block", 1, 8, False, 2),
-    ("toggle", 1, 12, False, 4),
+    ("block", 1, 4, False, 2),
   ],
 )
 def test_values_and_gradients(monkeypatch, name, B, T, starts, segments):
@@ -100,6 +96,17 @@ def test_values_and_gradients(monkeypatch, name, B, T, starts, segments):
     )
     expected = _with_gradients(oracle, params, x, state)
   _close(actual, expected)
+
+
+@needs_mosaic
+def test_what_is_no_number_stays_in_its_document(monkeypatch):
+  x, state, ids = cells.spoilt("input", [8, 4, 8])
+  x = x.at[0, 12, 1].set(0).at[0, 3, 1].set(jnp.nan)
+  scan = _by_kernel(monkeypatch, segments=5)
+  run = jax.jit(lambda x: scan(cells.TOGGLE, jnp.float32(0.9), x, state, ids)[0])
+  expected = np.zeros((2, 20, 3), bool)
+  expected[0, 3:8, 1] = True
+  np.testing.assert_array_equal(np.isnan(run(x)), expected)
 
 
 @needs_mosaic
