@@ -21,6 +21,7 @@ from ops.kernels.gpu.newton import CHANNELS, PADDING, START
 from ops.kernels.gpu.newton_cell import ChannelCell
 
 TILE = 8  # tokens fetched together
+GROUP = 4  # of them, written out one after the other in the gradients
 KINDS = 32  # fetched with them: no copy is of fewer than 128 bytes
 STAGES = 4  # tiles in shared memory
 PARAMS = plgpu.CompilerParams(
@@ -81,13 +82,17 @@ def loop(cell: ChannelCell, params, state, kinds, xs, *, maps: bool = False, int
         return tuple(map(_by_thread, carry))
 
       def read(wait, release):
-        def tile(n, length, carry):
+        def token(n, slot, i, carry):
+          kind = None if kinds is None else kinds_s[slot, i]
+          carry = advance(kind, _numbers(tokens_s, slot, i), carry[:M], carry[M:])
+          for m in range(M):
+            h_hbm[batch, tiles.start(n) + i, m, here] = carry[m]
+          return carry
+
+        def whole(n, carry):
           slot = wait(n)
-          for i in range(length):
-            kind = None if kinds is None else kinds_s[slot, i]
-            carry = advance(kind, _numbers(tokens_s, slot, i), carry[:M], carry[M:])
-            for m in range(M):
-              h_hbm[batch, tiles.start(n) + i, m, here] = carry[m]
+          for i in range(tiles.size):
+            carry = token(n, slot, i, carry)
           release(slot)
           return carry
 
@@ -95,8 +100,9 @@ def loop(cell: ChannelCell, params, state, kinds, xs, *, maps: bool = False, int
         if maps:
           unit = [float(i == j) for i in range(M) for j in range(M)]
           carry += tuple(_by_thread(jnp.full(CHANNELS, x, jnp.float32)) for x in unit)
-        carry = tile(jnp.int32(0), tiles.head, carry)
-        whole = lambda n, carry: tile(n, tiles.size, carry)
+        slot = wait(jnp.int32(0))
+        carry = lax.fori_loop(0, tiles.head, lambda i, c: token(0, slot, i, c), carry)
+        release(slot)
         carry = lax.fori_loop(1, tiles.whole + 1, whole, carry)
         for i, number in enumerate(carry[M:]):
           maps_hbm[0][batch, i // M, i % M, here] = number
@@ -153,34 +159,49 @@ def loop_gradients(
       fetch = _fetcher(sources, tokens_s, kinds_hbm, kinds_s, full, start)
 
       def read(wait, release):
-        def tile(step, length, carry, head):
-          slot = wait(step)
-          for i in reversed(range(length)):
-            l, sums = carry
-            kind = None if kinds is None else kinds_s[slot, i]
-            row = i - head  # a token has no token before it at the beginning
-            before = first if row < 0 else _numbers([before_s], slot, row)
-            l = [ours + later for ours, later in zip(_numbers([g_s], slot, i), l)]
-            x = _numbers(xs_s, slot, i)
-            dparams, dh, dx = cell.pull_back(own, _reset(kind, before), x, l)
-            if kind is not None:
-              zeros = lambda numbers: [jnp.zeros_like(number) for number in numbers]
-              padding = kind == PADDING
-              dparams, dx = (_select(padding, zeros(d), d) for d in (dparams, dx))
-              dh = _select(padding, l, _reset(kind, dh))
-            carry = tuple(map(_by_thread, dh)), tuple(s + d for s, d in zip(sums, dparams))
-            at = start(step) + i
-            for dx_hbm, d in zip(dxs_hbm, _split(dx, [x.shape[2] for x in xs])):
-              for n, number in enumerate(d):
-                dx_hbm[batch, at, n, here] = number
+        def token(step, slot, i, before, carry):
+          l, sums = carry
+          kind = None if kinds is None else kinds_s[slot, i]
+          l = [ours + later for ours, later in zip(_numbers([g_s], slot, i), l)]
+          x = _numbers(xs_s, slot, i)
+          dparams, dh, dx = cell.pull_back(own, _reset(kind, before), x, l)
+          if kind is not None:
+            zeros = lambda numbers: [jnp.zeros_like(number) for number in numbers]
+            padding = kind == PADDING
+            dparams, dx = (_select(padding, zeros(d), d) for d in (dparams, dx))
+            dh = _select(padding, l, _reset(kind, dh))
+          carry = tuple(map(_by_thread, dh)), tuple(s + d for s, d in zip(sums, dparams))
+          at = start(step) + i
+          for dx_hbm, d in zip(dxs_hbm, _split(dx, [x.shape[2] for x in xs])):
+            for n, number in enumerate(d):
+              dx_hbm[batch, at, n, here] = number
+          return carry
+
+        def whole(step, carry):
+          slot, group = wait(step), GROUP if tiles.size % GROUP == 0 else 1
+
+          def tokens(n, carry):
+            for place in range(group):
+              i = tiles.size - 1 - n * group - place
+              carry = token(step, slot, i, _numbers([before_s], slot, i), carry)
+            return carry
+
+          carry = lax.fori_loop(0, tiles.size // group, tokens, carry)
           release(slot)
           return carry
 
+        def later_token(n, carry):
+          i = tiles.head - 1 - n
+          return token(last, slot, i, _numbers([before_s], slot, i - 1), carry)
+
         nothing = _by_thread(jnp.zeros(CHANNELS, jnp.float32))
         carry = tuple(later_hbm[batch, m, here] for m in range(M)), (nothing,) * P
-        whole = jnp.int32(tiles.whole)
-        carry = lax.fori_loop(0, whole, lambda n, c: tile(n, tiles.size, c, 0), carry)
-        dstate, dparams = tile(whole, tiles.head, carry, 1)
+        last = jnp.int32(tiles.whole)
+        carry = lax.fori_loop(0, last, whole, carry)
+        slot = wait(last)
+        carry = lax.fori_loop(0, tiles.head - 1, later_token, carry)
+        dstate, dparams = token(last, slot, 0, first, carry)
+        release(slot)
         for m in range(M):
           dstate_hbm[batch, m, here] = dstate[m]
         for i in range(0 if only_state else P):
