@@ -184,40 +184,56 @@ def _gradients(
     return row, x_t, dt_t, e_t, lane.of_token(B.at(row * N)), lane.of_token(C.at(row * N)), mark
 
   def remember(i, h):
-    for t in range(4):
-      for n in range(0, 2 * count, 4):
-        place = own_history.at((i * 4 + t) * slot).at(n * THREADS)
-        place.store(h[n : n + 4])
-      _, x_t, dt_t, _, B_t, _, mark = token(i * 4 + t)
+    remembered = []
+    for _, x_t, dt_t, _, B_t, _, mark in [token(i * 4 + t) for t in range(4)]:
+      remembered.append(h)
       if mark is not None:
         h = [where(mark == START, 0, z) for z in h]
       h = flat(advance(threads, paired(h), x_t, dt_t, rates, B_t))
+    for t, numbers in enumerate(remembered):
+      for n in range(0, 2 * count, 4):
+        own_history.at((i * 4 + t) * slot).store(numbers[n : n + 4], n * THREADS)
     return h
+
+  def recall(t):
+    place = own_history.at(t * slot)
+    return [z for n in range(0, 2 * count, 4) for z in place.load(n * THREADS, 4)]
 
   after = threads.loop(tokens // 4, remember, flat(lane.pairs(before)))
   group = threads.index % 32 // 4
   ones = [where(group == n, threads.constant(1.0), 0) for n in range(count)]
   none = threads.constant(0.0)
 
-  def step(t, numbers):
-    after, d, dA = (numbers[2 * count * n :][: 2 * count] for n in range(3))
-    h, d, dA, dD = paired(after), paired(d), paired(dA), numbers[-1]
-    row, x_t, dt_t, e_t, B_t, C_t, mark = token(t)
-    h_before = []
-    for n in range(0, 2 * count, 4):
-      place = own_history.at(t * slot).at(n * THREADS)
-      h_before += place.load(0, 4)
-    after, h_before = h_before, paired(h_before)
+  def steps(i, numbers):
+    after, d, dA = (paired(numbers[2 * count * n :][: 2 * count]) for n in range(3))
+    places = [i * -unroll + (tokens - 1 - n) for n in range(unroll)]
+    loaded, results, dD = [(token(t), paired(recall(t))) for t in places], [], numbers[-1]
+    for one, h in loaded:
+      d, dA, result = step(one, after, h, d, dA)
+      after, (_, x_t, _, e_t, *_) = h, one
+      dD = threads.multiply_add(lane.chosen(e_t), lane.chosen(x_t), dD)
+      results.append(result)
+    for t, ((row, *_), _), (dx_t, ddt_t, total) in zip(places, loaded, results):
+      dx.at(row * W).at(lane.own).store([dx_t])
+      ddt.at(row * W).at(lane.own).store([ddt_t])
+      # What this warp remembered of the token has been read: there is room for its sums.
+      _store_sums(threads, lane, history.at(t * slot).at(lane.warp * 128), total)
+    return [*flat(after), *flat(d), *flat(dA), dD]
+
+  def step(one, after, h, d, dA):
+    """One token, from the states after it and before."""
+    _, x_t, dt_t, e_t, B_t, C_t, mark = one
+    d, dA = list(d), list(dA)
     both = lambda p, q: threads.multiply_add(p[0], q[0], p[1] * q[1])
     u, du, rate = [p * q for p, q in zip(dt_t, x_t)], [none] * 2, [none] * 2
     total = [none] * 4
     for n in range(count):
-      for_C = both(e_t, h[n])
+      for_C = both(e_t, after[n])
       d[n] = [threads.multiply_add(e_t[c], C_t[n], d[n][c]) for c in range(2)]
       for_B = both(u, d[n])
       du = [threads.multiply_add(d[n][c], B_t[n], du[c]) for c in range(2)]
       d[n] = [threads.exp2(dt_t[c] * rates[n][c]) * d[n][c] for c in range(2)]
-      w = [d[n][c] * h_before[n][c] for c in range(2)]
+      w = [d[n][c] * h[n][c] for c in range(2)]
       if mark is not None:
         d[n], w = ([where(mark == START, 0, z) for z in pair] for pair in (d[n], w))
       dA[n] = [threads.multiply_add(w[c], dt_t[c], dA[n][c]) for c in range(2)]
@@ -228,28 +244,18 @@ def _gradients(
         pieces = [short, [p - q for p, q in zip(pieces[0], short)]]
       for piece in pieces:
         total = threads.product((ones[n], none, none, ones[n]), piece, total)
-    # What this warp remembered of the token has been read: there is room for its sums.
-    _store_sums(threads, lane, history.at(t * slot).at(lane.warp * 128), total)
     du, rate = lane.total(du), lane.total(rate)
     x_t, dt_t, e_t = (lane.chosen(pair) for pair in (x_t, dt_t, e_t))
     ddt_t = threads.multiply_add(x_t, du, rate * LN_2)
     if mark is not None:
       ddt_t = where(mark == PADDING, 0, ddt_t)
-    at = lambda memory: memory.at(row * W).at(lane.own)
-    at(dx).store([threads.multiply_add(dt_t, du, skip * e_t)], where=lane.is_one)
-    at(ddt).store([ddt_t], where=lane.is_one)
-    return [*after, *flat(d), *flat(dA), threads.multiply_add(e_t, x_t, dD)]
-
-  def steps(i, numbers):
-    for n in range(unroll):
-      numbers = step(i * -unroll + (tokens - 1 - n), numbers)
-    return numbers
+    return d, dA, (threads.multiply_add(dt_t, du, skip * e_t), ddt_t, total)
 
   numbers = [*after, *flat(lane.pairs(d)), *flat(lane.pairs(dA)), dD.at(lane.own).load()[0]]
   numbers = threads.loop(tokens // unroll, steps, numbers)
   lane.store_pairs(d, paired(numbers[2 * count : 4 * count]))
   lane.store_pairs(dA, paired(numbers[4 * count : 6 * count]))
-  dD.at(lane.own).store([numbers[-1]], where=lane.is_one)
+  dD.at(lane.own).store([numbers[-1]])
   threads.wait_for_all()
   for first in range(0, tokens * 2 * N, 4 * THREADS):
     place = threads.index * 4 + first
@@ -265,12 +271,14 @@ def _gradients(
 def _store_sums(threads, lane, parts, total):
   """The warp's share of dC and dB, from `total` of [dC or dB of a state] x [8 groups of lanes]."""
   state, quarter = threads.index % 32 // 4, threads.index % 4
-  is_state = state // lane.states == 0
-  if lane.parts == 4:
-    for n in range(2):
-      place = parts.at(n * lane.N + quarter * lane.states + state)
-      place.store([total[2 * n] + total[2 * n + 1]], where=is_state)
-    return
-  for n, number in enumerate(total):
-    place = parts.at(n // 2 * lane.N + (quarter * 2 + n % 2) * lane.states + state)
-    place.store([number], where=is_state)
+  per_part = total if lane.parts == 8 else [total[0] + total[1], total[2] + total[3]]
+  in_part = len(per_part) // 2
+  # Rows that are no state go to the spare half of the place, without a branch.
+  first = threads.where(
+    state // lane.states == 0,
+    quarter * (in_part * lane.states) + state,
+    threads.index % 32 // 2 + 64,
+  )
+  for n, number in enumerate(per_part):
+    place = parts.at(first).at(n // in_part * lane.N + n % in_part * lane.states)
+    place.store([number])

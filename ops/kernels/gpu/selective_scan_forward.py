@@ -167,9 +167,9 @@ class Lane:
     self.warp, self.part = threads.index // 32, lane // pairs
     self.column = (self.warp * pairs + lane % pairs) * 2
     self.is_upper = lane // 16 == 1
-    # The channel that `total` leaves, in several threads, of which one is to store it.
+    # The channel that `total` leaves, in several threads. All store the same: a condition would be
+    # a branch, across which the compiler moves nothing.
     self.own = threads.where(self.is_upper, self.column + 1, self.column)
-    self.is_one = lane % 16 // pairs == 0
 
   def pairs(self, memory):
     """[N W] -> [states][2]."""
@@ -235,7 +235,7 @@ def _outputs(threads, x, dt, B, C, A, D, state, y, *rest, N, tiling, descending,
       results.append(y_t)
     for token, y_t in enumerate(results):
       place = y.at(row * W).at(sign * token * W).at(lane.own)
-      place.store([y_t], where=lane.is_one)
+      place.store([y_t])
     return flat(h)
 
   h = flat(lane.pairs(state))
