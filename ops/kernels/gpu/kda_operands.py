@@ -6,8 +6,8 @@ With G the sums of gates from a chunk's start, up to its last C,
   A_ij = scale sum_d q_id k_jd exp(G_id - G_jd), i >= j
   T = (I + diag(beta) P)^-1 diag(beta),  P_ij = sum_d k_id k_jd exp(G_id - G_jd), i > j
 
-A program is one chunk of one head, all at the same time; a warpgroup has 64 of K, then one of the
-two matrices.
+A program is two chunks of one head, all at the same time: four warpgroups hide each other's waits.
+One has 64 of K of a chunk, then one of the two matrices.
 """
 
 import jax
@@ -36,6 +36,7 @@ from ops.kernels.gpu.vector_decay_gates import Documents
 from ops.triangular import unit_lower_inverse
 
 STRIDE = delta_rule_inverse.STRIDE
+SIDES = 2  # chunks of a program
 
 
 def operands(q, k, log_decay, beta, documents, scale: float, terms: int, interpret=None):
@@ -50,15 +51,17 @@ def operands(q, k, log_decay, beta, documents, scale: float, terms: int, interpr
   """
   (B, T, H, K), Hq = log_decay.shape, q.shape[2]
   C, dtype, simulated = CHUNK, q.dtype, interpret is not None
-  W = K // TILE
+  W, chunks = K // TILE, T // C
 
   def kernel(q_hbm, k_hbm, g_hbm, beta_hbm, documents_hbm, choices_hbm, *outputs):
     *weighed_hbm, carry_hbm, scores_hbm, inverse_hbm = outputs
-    batch, head, chunk = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
-    rows = pl.ds(chunk * C, C)
+    batch, head, pair = (lax.axis_index(name) for name in ("batch", "head", "pair"))
     key_head = lax.div(head, jnp.int32(H // Hq))
-    w = lax.axis_index("thread")
-    mine = pl.ds(w * TILE, TILE)
+    w = lax.axis_index("thread")  # the place of what is a warpgroup's own
+    side, part = lax.div(w, jnp.int32(W)), lax.rem(w, jnp.int32(W))
+    # Where there is no second chunk, both sides make the same.
+    chunk = jnp.minimum(pair * SIDES + side, chunks - 1)
+    rows, mine = pl.ds(chunk * C, C), pl.ds(part * TILE, TILE)
 
     def run(q_s, k_s, y_s, split_s, matrix_s, beta_s, carry_s, spare_s, *rest):
       left_s, documents_s, full, met = rest
@@ -71,8 +74,8 @@ def operands(q, k, log_decay, beta, documents, scale: float, terms: int, interpr
         return left_s.at[w]
 
       def meet():
-        plgpu.barrier_arrive(met)
-        plgpu.barrier_wait(met)
+        plgpu.barrier_arrive(met.at[side])
+        plgpu.barrier_wait(met.at[side])
 
       for source, target in ((q_hbm, q_s), (k_hbm, k_s)):
         plgpu.copy_gmem_to_smem(source.at[batch, rows, key_head, mine], target.at[w], full.at[w])
@@ -126,29 +129,30 @@ def operands(q, k, log_decay, beta, documents, scale: float, terms: int, interpr
       i, j = positions()
       scores = jnp.where(i == j, along_rows((wide(q) * wide(k)).sum(1), C), scores)
 
-      here = matrix_s.at[:, pl.ds(0, C)]
+      matrix = matrix_s.at[side]
+      here = matrix.at[:, pl.ds(0, C)]
       # Each warpgroup has the sums over its part of K: the first is given those of the scores.
       if W == 2:
 
-        @pl.when(w == 1)
+        @pl.when(part == 1)
         def _():
           here[...] = scores
 
         meet()
 
-      @pl.when(w == 0)
+      @pl.when(part == 0)
       def _():
         x = scores if W == 1 else scores + plgpu.load(here, layout=WGMMA, optimized=False)
-        q_s[0] = (x * scale).astype(dtype)
+        q_s[w] = (x * scale).astype(dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_s.at[0], scores_hbm.at[batch, head, chunk])
+        plgpu.copy_smem_to_gmem(q_s.at[w], scores_hbm.at[batch, head, chunk])
         if W == 2:
           here[...] = pairs
 
       if W == 2:
         meet()
 
-      @pl.when(w == W - 1)
+      @pl.when(part == W - 1)
       def _():
         step = plgpu.load(beta_s.at[w], layout=WGMMA.reduce(1))
         x = pairs if W == 1 else pairs + plgpu.load(here, layout=WGMMA, optimized=False)
@@ -156,7 +160,7 @@ def operands(q, k, log_decay, beta, documents, scale: float, terms: int, interpr
         if simulated:
           here[...] = unit_lower_inverse(here[...])
         else:
-          delta_rule_inverse._invert(matrix_s)
+          delta_rule_inverse._invert(matrix)
         step = plgpu.load(beta_s.at[w], layout=WGMMA.reduce(0))
         inverse = plgpu.load(here, layout=WGMMA, optimized=False) * along_columns(step, C)
         tiles = (k_s, y_s)[:terms]
@@ -169,15 +173,16 @@ def operands(q, k, log_decay, beta, documents, scale: float, terms: int, interpr
 
       plgpu.wait_smem_to_gmem(0)
 
-    tile = lambda *shape: plgpu.SMEM((*shape, TILE, TILE), dtype, transforms=TILED)
-    vector = lambda: plgpu.SMEM((W, TILE), jnp.float32)
+    n = SIDES * W
+    tile = lambda *shape: plgpu.SMEM((n, *shape, TILE, TILE), dtype, transforms=TILED)
+    vector = lambda: plgpu.SMEM((n, TILE), jnp.float32)
     pl.run_scoped(
       run,
-      tile(W), tile(W), tile(W), tile(W, TERMS), plgpu.SMEM((C, STRIDE), jnp.float32),
-      vector(), vector(), vector(), tile(W) if simulated else None,
+      tile(), tile(), tile(), tile(TERMS), plgpu.SMEM((SIDES, C, STRIDE), jnp.float32),
+      vector(), vector(), vector(), tile() if simulated else None,
       None if documents is None else vector(),
-      plgpu.Barrier(num_arrivals=3 if documents is None else 4, num_barriers=W),
-      plgpu.Barrier(num_arrivals=W),
+      plgpu.Barrier(num_arrivals=3 if documents is None else 4, num_barriers=n),
+      plgpu.Barrier(num_arrivals=W, num_barriers=SIDES),
       collective_axes="thread",
     )  # fmt: skip
 
@@ -186,12 +191,12 @@ def operands(q, k, log_decay, beta, documents, scale: float, terms: int, interpr
   return plgpu.kernel(
     kernel,
     out_type=[
-      weighed, weighed, weighed, struct((B, H, T // C, K), jnp.float32),
-      struct((B, H, T // C, C, C), dtype), struct((B, H, T // C, terms, C, C), dtype),
+      weighed, weighed, weighed, struct((B, H, chunks, K), jnp.float32),
+      struct((B, H, chunks, C, C), dtype), struct((B, H, chunks, terms, C, C), dtype),
     ],
-    grid=(T // C, H, B),
-    grid_names=("chunk", "head", "batch"),
-    num_threads=W,
+    grid=(-(-chunks // SIDES), H, B),
+    grid_names=("pair", "head", "batch"),
+    num_threads=SIDES * W,
     thread_name="thread",
     interpret=interpret,
     compiler_params=mosaic.PARAMS,
