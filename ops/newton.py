@@ -56,9 +56,9 @@ def newton_scan(
     reverse: scan from the right.
     implementation: "recurrent" (one token after the other, gradients by autodiff), "parallel"
       (Newton), "pallas" (the loop in one kernel; where channels are few, over segments at once,
-      with Newton's method between them until they fit), or None: the kernel where it can run; else
-      Newton on accelerators, for cells that are not dense and have a box or are guarded by
-      `policy`; else the loop.
+      with Newton's method between them until they fit, whatever `iterations`), or None: the kernel
+      where it can run; else Newton on accelerators, for cells that are not dense and have a box or
+      are guarded by `policy`; else the loop.
     iterations: of Newton's method; with `tolerance`, at most.
     tolerance: stop at a residual of at most this; None makes exactly `iterations`.
     method: "newton"; "quasi" (the diagonal of the Jacobian: linear memory for dense cells, more

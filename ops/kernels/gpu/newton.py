@@ -1,11 +1,12 @@
-"""`newton_scan` on Hopper GPUs: one token after the other, in one kernel, which no launch delays.
+"""`newton_scan` on Hopper GPUs: one token after the other in one kernel, which no launch delays;
+where channels are few, over segments of the sequence at once.
 
 The kernels are in `newton_loop.py`, imported when they run: older versions of jax lack what they
-use. Cells are the user's own, as long as their channels never mix: `newton_cell.py`.
+use; segments are in `newton_segments.py`. Cells are the user's own, as long as their channels never
+mix: `newton_cell.py`.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -43,14 +44,12 @@ def supports(*, cell, params, x, initial_state, parts, **arguments) -> dispatch.
 
 
 def run(cell, options, params, tokens, state):
-  """All states [B T ...] and a `Report`, which has nothing to say: there is nothing to solve."""
+  """All states [B T ...] and a `Report` of how well segments fit together, zero for one."""
   channel_cell = _channel_cell(cell, params, tokens.x, state)
   (B, *_, D), T = state.shape, jax.tree.leaves(tokens.x)[0].shape[1]
-  by_channel = [
-    jnp.broadcast_to(leaf.reshape(-1, D if leaf.shape[-1:] == (D,) else 1), (size, D))
-    for leaf, size in _sizes(params, D)
-  ]
-  flat = jnp.concatenate([jnp.zeros((0, D), jnp.float32), *by_channel])
+  rows = [leaf.reshape(-1, D if leaf.shape[-1:] == (D,) else 1) for leaf in jax.tree.leaves(params)]
+  spread = [jnp.broadcast_to(row, (row.shape[0], D)) for row in rows]
+  flat = jnp.concatenate([jnp.zeros((0, D), jnp.float32), *spread])
   xs = [leaf.reshape(B, T, -1, D) for leaf in jax.tree.leaves(tokens.x)]
   kinds = None
   if tokens.real is not None:
@@ -69,12 +68,6 @@ def _channel_cell(cell, params, x, state):
   one = lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[2:]), leaf.dtype)
   first = jax.ShapeDtypeStruct((1, *state.shape[1:]), state.dtype)
   return newton_cell.trace(cell.step, params, first, jax.tree.map(one, x))
-
-
-def _sizes(params, D):
-  """The arrays in `params`, and how many numbers of a channel each has."""
-  for leaf in jax.tree.leaves(params):
-    yield leaf, math.prod(leaf.shape[:-1] if leaf.shape[-1:] == (D,) else leaf.shape)
 
 
 def scan(cell, params, state, kinds, xs, segments=None, interpret=None):

@@ -9,9 +9,9 @@ F_i were linear,
   s'_{i+1} = e_i + J_i (s'_i - s_i)
 
 and the loops run again. Cells that forget within a few tokens need one run; after i runs the first
-i segments are exact whatever the cell, so that the states are always those of the loop. The
-gradients go the same way from the right with transposed J_i; as they are linear, they fit after the
-second run, where all are numbers.
+i segments are those of the loop whatever the cell, so that it ends. The gradients go the same way
+from the right with transposed J_i; as they are linear, they fit after the second run, where all are
+numbers. What fits does so to rounding, which chaotic cells amplify.
 
 A run is the kernel of `newton_loop.py`; segments are rows.
 """
