@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ops import dispatch
-from ops.kernels.gpu.scalar_decay import HOPPER, folding_mapped_axes
+from ops.kernels.gpu import heuristics
+from ops.kernels.gpu.scalar_decay import folding_mapped_axes
 
 COLUMNS = 32  # of V per program
 WARPS = 4
@@ -47,8 +48,8 @@ def no_hopper() -> dispatch.Reason:
     return f"it is for Hopper GPUs, this is a {dispatch.platform()}"
   if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):
     return f"it needs jax 0.11, this is {jax.__version__}"
-  kind = (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).device_kind
-  if not any(name in kind for name in HOPPER):
+  kind = heuristics.device_kind()
+  if heuristics.of_kind(kind) is None:
     return f"it is for Hopper GPUs, this is {kind}"
   return None
 

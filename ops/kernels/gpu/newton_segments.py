@@ -19,11 +19,11 @@ A run is the kernel of `newton_loop.py`; segments are rows.
 import jax
 import jax.numpy as jnp
 
-from ops.kernels.gpu import newton_cell, newton_loop
+from ops.kernels.gpu import heuristics, newton_cell, newton_loop
 from ops.kernels.gpu.newton_cell import ChannelCell
 
 TOLERANCE = 4e-6  # of a channel's largest number, where one segment ends and the next one starts
-PROGRAMS = 264  # that run at once: two on each multiprocessor
+PROGRAMS = 2  # of a multiprocessor, at once
 SHORTEST = 64  # tokens of a segment
 FEWEST = 8  # segments: fewer gain nothing
 LEAST = 2048  # tokens: the loop over fewer ends before segments have been fitted together
@@ -33,7 +33,8 @@ WARM = 64  # tokens from which a start is guessed, at most
 def choose_segments(B: int, T: int, D: int) -> int:
   """How many segments of equal length T tokens are cut in, for B rows of D channels."""
   programs, segments = B * D // newton_loop.CHANNELS, 1
-  while T % (2 * segments) == 0 and 2 * segments * programs <= PROGRAMS:
+  most = PROGRAMS * heuristics.here().multiprocessors // programs
+  while T % (2 * segments) == 0 and 2 * segments <= most:
     segments *= 2
   while SHORTEST * segments > T:
     segments //= 2
