@@ -138,11 +138,13 @@ def test_cells_that_are_refused(step, reason):
     newton_cell.trace(step, struct(4, 3), struct(1, 3), struct(1, 3))
 
 
-def _on_hopper(function, *arguments):
+def _on_hopper(function, *arguments, **axes):
   from jax.sharding import AbstractDevice
 
   device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-  mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+  axes = axes or {"x": 1}
+  kinds = (AxisType.Auto,) * len(axes)
+  mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=kinds, abstract_device=device)
   with jax.sharding.use_abstract_mesh(mesh), dispatch.for_platform("gpu"):
     return function(*arguments)
 
@@ -162,6 +164,17 @@ def test_lowers_for_a_hopper_gpu(name):
   gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
   lower = lambda *arrays: gradient.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
   assert _on_hopper(lower, *cells.narrow(arrays)).count("custom_call @mosaic_gpu_v2") == 2
+
+
+@needs_mosaic
+def test_devices_share_rows_and_channels():
+  struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  arrays = struct(3, 256), struct(2, 64, 3, 256), struct(2, 256)
+  scan = jax.jit(lambda a, x, h: ops.newton_scan(cells.GRU, a, x, initial_state=h))
+  lower = lambda *arrays: scan.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+  text = _on_hopper(lower, *arrays, data=2, tensor=2)
+  (call,) = (line for line in text.splitlines() if "custom_call @mosaic_gpu_v2" in line)
+  assert "tensor<1x64x3x128xf32>" in call
 
 
 @needs_mosaic
