@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ops.kernels.gpu import mosaic
+from ops.kernels.gpu import kda_rings, mosaic
 from ops.kernels.gpu.delta_rule_forward import load_transposed
 from ops.kernels.gpu.kda_gates import CHUNK
 from ops.kernels.gpu.mosaic import TILED, WGMMA, along_columns
@@ -43,13 +43,14 @@ def outputs(q, k, k_end, carry, scores, inverses, v, state, save=False, interpre
   stages, terms = min(STAGES, chunks), inverses.shape[3]
 
   def kernel(*hbm):
-    *inputs_hbm, v_hbm, before_hbm, o_hbm, final_hbm = hbm[:10]
-    saved_hbm = hbm[10:]
+    q_hbm, k_hbm, end_hbm, carry_hbm, scores_hbm, inverses_hbm, v_hbm, before_hbm, *hbm = hbm
+    o_hbm, final_hbm, *saved_hbm = hbm
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
     part = pl.ds(lax.axis_index("block") * COLUMNS, COLUMNS)
 
     def run(q_s, k_s, end_s, carry_s, scores_s, inverse_s, v_s, state_s, written_s, *rest):
-      o_s, left_s, full, consumed, state_ready, written_ready, taken = rest
+      o_s, left_s, *rest = rest
+      *barriers, state_ready, written_ready, taken = rest
 
       def left(n, x):
         """The left operand of a product, in registers; the interpreter wants it in memory."""
@@ -59,21 +60,37 @@ def outputs(q, k, k_end, carry, scores, inverses, v, state, save=False, interpre
         target[...] = x
         return target
 
-      def fetch(n, slot):
-        rows = pl.ds(n * C, C)
-        copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target, full.at[slot])
-        for source, target in zip(inputs_hbm[:3], (q_s, k_s, end_s)):
-          copy(source.at[batch, head, rows], target.at[slot])
-        for source, target in zip(inputs_hbm[3:5], (carry_s, scores_s)):
-          copy(source.at[batch, head, n], target.at[slot])
-        for term in range(terms):
-          copy(inputs_hbm[5].at[batch, head, n, term], inverse_s.at[slot, term])
-        copy(v_hbm.at[batch, rows, head, part], v_s.at[slot])
+      chunk = lambda source, n: source.at[batch, head, n]
+      tokens = lambda source, n: source.at[batch, head, pl.ds(n * C, C)]
+      copy = plgpu.copy_gmem_to_smem
 
-      def write(wait, release):
+      def fetch_keys(n, slot, full):
+        copy(tokens(k_hbm, n), k_s.at[slot], full)
+        copy(chunk(carry_hbm, n), carry_s.at[slot], full)
+        copy(v_hbm.at[batch, pl.ds(n * C, C), head, part], v_s.at[slot], full)
+
+      def fetch_systems(n, slot, full):
+        for term in range(terms):
+          copy(inverses_hbm.at[batch, head, n, term], inverse_s.at[slot, term], full)
+
+      def fetch_ends(n, slot, full):
+        copy(tokens(end_hbm, n), end_s.at[slot], full)
+
+      def fetch_scores(n, slot, full):
+        copy(tokens(q_hbm, n), q_s.at[slot], full)
+        copy(chunk(scores_hbm, n), scores_s.at[slot], full)
+
+      fetches = fetch_keys, fetch_systems, fetch_ends, fetch_scores
+      rings = [
+        kda_rings.Ring(stages, fetch, *barriers[2 * i : 2 * i + 2])
+        for i, fetch in enumerate(fetches)
+      ]
+      keys, systems, ends, scores = rings
+
+      def write():
         # What does not wait for the state is done while the tensor cores work.
         def step(n, state):
-          slot, hand = wait(n), lax.rem(n, jnp.int32(HANDED))
+          slot, hand = keys.wait(n), lax.rem(n, jnp.int32(HANDED))
           narrow = state.astype(dtype)
 
           def while_reading():
@@ -81,19 +98,21 @@ def outputs(q, k, k_end, carry, scores, inverses, v, state, save=False, interpre
             state_s[hand] = narrow
             plgpu.commit_smem()
             plgpu.barrier_arrive(state_ready.at[hand])
-            return load_transposed(v_s.at[slot], simulated)
+            carry = plgpu.load(carry_s.at[slot], layout=WGMMA.reduce(0))
+            return load_transposed(v_s.at[slot], simulated), carry
 
-          read, values = mosaic.product_and(
+          read, (values, carry) = mosaic.product_and(
             (COLUMNS, C), left(0, narrow), k_s.at[slot].transpose((1, 0)), while_reading
           )
+          keys.release(slot)
           residual = left(1, (values - read).astype(dtype))
-
-          def while_solving():
-            carry = plgpu.load(carry_s.at[slot], layout=WGMMA.reduce(0))
-            return state * along_columns(carry, COLUMNS)
-
-          systems = [(residual, inverse_s.at[slot, n].transpose((1, 0))) for n in range(terms)]
-          written, kept = mosaic.products_and((COLUMNS, C), systems, while_solving)
+          systems.wait(n)
+          written, kept = mosaic.products_and(
+            (COLUMNS, C),
+            [(residual, inverse_s.at[slot, n].transpose((1, 0))) for n in range(terms)],
+            lambda: state * along_columns(carry, COLUMNS),
+          )
+          systems.release(slot)
           written = written.astype(dtype)
 
           def while_writing():
@@ -101,10 +120,11 @@ def outputs(q, k, k_end, carry, scores, inverses, v, state, save=False, interpre
             plgpu.commit_smem()
             plgpu.barrier_arrive(written_ready.at[hand])
 
+          ends.wait(n)
           state, _ = mosaic.accumulate_and(
             simulated, kept, [(left(2, written), end_s.at[slot])], while_writing
           )
-          release(slot)
+          ends.release(slot)
           return state
 
         start = plgpu.load(before_hbm.at[batch, head, part], layout=WGMMA, optimized=False)
@@ -112,10 +132,10 @@ def outputs(q, k, k_end, carry, scores, inverses, v, state, save=False, interpre
         for n in range(max(chunks - HANDED, 0), chunks):
           plgpu.barrier_wait(taken.at[n % HANDED])
 
-      def read(wait, release):
+      def read():
         @pl.loop(jnp.int32(0), jnp.int32(chunks))
         def _(n):
-          slot, hand = wait(n), lax.rem(n, jnp.int32(HANDED))
+          slot, hand = scores.wait(n), lax.rem(n, jnp.int32(HANDED))
           plgpu.barrier_wait(state_ready.at[hand])
           across = mosaic.product((C, COLUMNS), q_s.at[slot], state_s.at[hand].transpose((1, 0)))
           plgpu.barrier_wait(written_ready.at[hand])
@@ -124,7 +144,7 @@ def outputs(q, k, k_end, carry, scores, inverses, v, state, save=False, interpre
               plgpu.copy_smem_to_gmem(source.at[hand], target.at[batch, head, n, part])
           inside = scores_s.at[slot], written_s.at[hand].transpose((1, 0))
           (o,) = mosaic.accumulate(simulated, (across, *inside))
-          release(slot)
+          scores.release(slot)
           plgpu.wait_smem_to_gmem(0, wait_read_only=True)
           plgpu.barrier_arrive(taken.at[hand])
           o_s[...] = o.astype(dtype)
@@ -133,12 +153,7 @@ def outputs(q, k, k_end, carry, scores, inverses, v, state, save=False, interpre
 
         plgpu.wait_smem_to_gmem(0)
 
-      def both(wait, release):
-        thread = lax.axis_index("thread")
-        pl.when(thread == 0)(lambda: write(wait, release))
-        pl.when(thread == 1)(lambda: read(wait, release))
-
-      mosaic.load_and_read(jnp.int32(chunks), stages, 2, fetch, both, full, consumed, simulated)
+      kda_rings.run(chunks, rings, [write, read], simulated)
 
     tile = lambda *shape: plgpu.SMEM(shape, dtype, transforms=TILED)
     pl.run_scoped(
@@ -148,8 +163,7 @@ def outputs(q, k, k_end, carry, scores, inverses, v, state, save=False, interpre
       tile(stages, C, COLUMNS),
       tile(HANDED, COLUMNS, K), tile(HANDED, COLUMNS, C), tile(C, COLUMNS),
       tile(3, COLUMNS, K) if simulated else None,
-      plgpu.Barrier(num_arrivals=6 + terms, num_barriers=stages),
-      plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+      *[barrier for copies in (3, terms, 1, 2) for barrier in kda_rings.barriers(stages, copies)],
       *[plgpu.Barrier(num_arrivals=1, num_barriers=HANDED)] * 3,
       collective_axes="thread",
     )  # fmt: skip

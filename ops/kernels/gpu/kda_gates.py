@@ -30,7 +30,7 @@ TERMS = 2  # bfloat16 numbers for one of float32
 LARGEST = 60.0  # exponent of a weight that is turned over
 
 # What `choices` holds, and the first of its levels.
-UP_TO, AFTER, FROM, ALL, FROM_MIDDLE, LEVEL = range(6)
+UP_TO, FROM_MIDDLE, AFTER, LEVEL = range(4)
 LEVELS = CHUNK.bit_length() - 1
 
 
@@ -38,7 +38,7 @@ def choices() -> jax.Array:
   """bfloat16 [N C C]: matrices that sum over some of the positions j, for each position i."""
   i, j = np.indices((CHUNK, CHUNK))
   right, left = (j <= i) & (j >= CHUNK // 2), (j > i) & (j < CHUNK // 2)
-  tables = [j <= i, j > i, j >= i, j >= 0, 1.0 * right - left]
+  tables = [j <= i, 1.0 * right - left, j > i]
   for half in 2 ** np.arange(LEVELS)[::-1]:
     towards = np.where(i & half, j <= i, j > i)
     tables.append(towards & ((i ^ j) < half))
@@ -52,10 +52,6 @@ def positions():
   )
 
 
-def load_choice(choices, n) -> jax.Array:
-  return plgpu.load(choices.at[n], layout=WGMMA, optimized=False)
-
-
 def store_split(x, target):
   """x [C TILE] float32 as a sum of bfloat16 tiles in `target`."""
   for term in range(TERMS):
@@ -64,17 +60,22 @@ def store_split(x, target):
   plgpu.commit_smem()
 
 
-def sums(choice, split, left: Callable) -> jax.Array:
-  """choice x, float32 [C TILE], of x in `split`."""
-  choice = left(choice)
+def sums(choice, split) -> jax.Array:
+  """choice x, float32 [C TILE], of x in `split`; `choice` [C C] is a left operand."""
   return mosaic.products((CHUNK, TILE), [(choice, split.at[term]) for term in range(TERMS)])
 
 
-def for_each_level(choices, split, spare, left: Callable, body: Callable, carried):
+def for_each_level(middle, choices, split, spare, left: Callable, body: Callable, carried):
   """`body(carried, rows, columns, pairs)` for every level: weights [C TILE] of x and y, and
-  `pairs(i, j)`, the mask of what their product gives, None for all. `spare` is float32 [C] of
-  shared memory."""
-  exponent = sums(load_choice(choices, FROM_MIDDLE), split, left)
+  `pairs(i, j)`, the mask of what their product gives, None for all.
+
+  Args:
+    middle: FROM_MIDDLE of `choices`, in shared memory.
+    choices: in device memory, for the levels.
+    spare: float32 [C] of shared memory.
+    left: makes a left operand of an array.
+  """
+  exponent = sums(middle, split)
   spare[...] = jnp.maximum(exponent, -exponent).max(1)
 
   def at_once(carried):
@@ -82,7 +83,8 @@ def for_each_level(choices, split, spare, left: Callable, body: Callable, carrie
 
   def level(n, carried):
     half = lax.shift_right_logical(jnp.int32(CHUNK // 2), n)
-    weights = jnp.exp(sums(load_choice(choices, LEVEL + n), split, left))
+    choice = plgpu.load(choices.at[LEVEL + n], layout=WGMMA, optimized=False)
+    weights = jnp.exp(sums(left(choice), split))
 
     def pairs(i, j):
       differ = i ^ j

@@ -24,16 +24,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ops.kernels.gpu import mosaic
 from ops.kernels.gpu.kda_gates import (
-  AFTER,
-  ALL,
   CHUNK,
-  FROM,
+  FROM_MIDDLE,
   TERMS,
   TILE,
   UP_TO,
   choices,
   for_each_level,
-  load_choice,
   positions,
   store_split,
   sums,
@@ -70,8 +67,8 @@ def gradients(
 
     def run(*refs):
       q_s, k_s, y_s, do_s, dv_s, written_s, before_s, after_s, m_s, n_s, *refs = refs
-      split_s, carry_s, diagonal_s, spare_s, left_s, documents_s, mine, pairs_ready, *refs = refs
-      states_ready, met = refs
+      split_s, up_to_s, carry_s, diagonal_s, spare_s, left_s, documents_s, *barriers = refs
+      mine, pairs_ready, states_ready, met = barriers
 
       def left(x, n=0):
         """The left operand of a product, in registers; the interpreter wants it in memory."""
@@ -88,11 +85,14 @@ def gradients(
             plgpu.copy_gmem_to_smem(here, target.at[t], pairs_ready)
           here = written_hbm.at[batch, head, chunk, tile(t)]
           plgpu.copy_gmem_to_smem(here, written_s.at[t], pairs_ready)
+        plgpu.copy_gmem_to_smem(choices_hbm.at[UP_TO], up_to_s, pairs_ready)
 
       for source, target in ((q_hbm, q_s), (k_hbm, k_s)):
         here = source.at[batch, rows, key_head, tile(w)]
         plgpu.copy_gmem_to_smem(here, target.at[w], mine.at[w])
       plgpu.copy_gmem_to_smem(carry_hbm.at[batch, head, chunk, tile(w)], carry_s.at[w], mine.at[w])
+      # It is read before y_s takes anything else.
+      plgpu.copy_gmem_to_smem(choices_hbm.at[FROM_MIDDLE], y_s.at[w], mine.at[w])
       if documents is not None:
         here = documents_hbm.at[batch, rows]
         plgpu.copy_gmem_to_smem(here, documents_s.at[w], mine.at[w])
@@ -151,13 +151,19 @@ def gradients(
         return [dq, dk, columns]
 
       dq, dk, columns = for_each_level(
-        choices_hbm, split, spare_s.at[w], left, level, [mosaic.zeros(C, TILE)] * 3
+        y_s.at[w],
+        choices_hbm,
+        split,
+        spare_s.at[w],
+        left,
+        level,
+        [mosaic.zeros(C, TILE)] * 3,
       )
       plgpu.barrier_wait(states_ready.at[w])
-      choice = lambda n: load_choice(choices_hbm, n)
-      factors = lambda n: jnp.exp(sums(choice(n), split, left))
+      one, zero = jnp.ones((), dtype), jnp.zeros((), dtype)
+      chosen = lambda mask: left(jnp.where(mask, one, zero))
       read = lambda x: total([(x.at[t], before_s.at[t, w]) for t in range(blocks)])
-      from_start = factors(UP_TO)
+      from_start = jnp.exp(sums(up_to_s, split))
       if document is not None:
         from_start = document.before(from_start)
       dq += read(do_s) * (from_start * scale)
@@ -167,7 +173,7 @@ def gradients(
       q_s[w] = (dq + own * wide(k)).astype(dtype)
       dk += columns + own * wide(q)
 
-      end = factors(AFTER)
+      end = jnp.exp(sums(chosen(j > i), split))
       if document is not None:
         end = document.after(end)
       turned = [(written_s.at[t].transpose((1, 0)), after_s.at[t, w]) for t in range(blocks)]
@@ -180,15 +186,15 @@ def gradients(
       # All that ends after the chunk, less what begins in it after the token.
       end *= wide(k)
       store_split(db - end, split)
-      later = choice(FROM)
+      later = up_to_s.transpose((1, 0))
       if document is not None:
-        later = jnp.where(document.pairs(), later, jnp.zeros((), dtype))
-      dg = sums(later, split, left)
+        later = chosen((j >= i) & document.pairs())
+      dg = sums(later, split)
       load = lambda x, t: wide(plgpu.load(x.at[t, w], layout=WGMMA))
       carry = plgpu.load(carry_s.at[w], layout=WGMMA.reduce(0))
       kept = sum(load(before_s, t) * load(after_s, t) for t in range(blocks))
       store_split(kept * along_columns(carry, TILE) + end, split)
-      constant = sums(choice(ALL), split, left)
+      constant = sums(chosen(i >= 0), split)
       dg += constant if document is None else document.after(constant)
       dg_hbm[batch, rows, head, tile(w)] = dg
       pl.when(w == 0)(
@@ -201,11 +207,11 @@ def gradients(
     pl.run_scoped(
       run,
       tiles(W), tiles(W), tiles(W), tiles(blocks), tiles(blocks), tiles(blocks),
-      tiles(blocks, W), tiles(blocks, W), tiles(), tiles(), tiles(W, TERMS),
+      tiles(blocks, W), tiles(blocks, W), tiles(), tiles(), tiles(W, TERMS), tiles(),
       vectors(W), vectors(2), vectors(W), tiles(W, 4) if simulated else None,
       None if documents is None else vectors(W),
-      plgpu.Barrier(num_arrivals=3 if documents is None else 4, num_barriers=W),
-      plgpu.Barrier(num_arrivals=3 * blocks),
+      plgpu.Barrier(num_arrivals=4 if documents is None else 5, num_barriers=W),
+      plgpu.Barrier(num_arrivals=3 * blocks + 1),
       plgpu.Barrier(num_arrivals=2 * blocks, num_barriers=W),
       plgpu.Barrier(num_arrivals=W),
       collective_axes="thread",

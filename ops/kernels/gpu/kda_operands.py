@@ -10,6 +10,8 @@ A program is two chunks of one head, all at the same time: four warpgroups hide 
 One has 64 of K of a chunk, then one of the two matrices.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -21,12 +23,12 @@ from ops.kernels.gpu.delta_rule_forward import load_transposed
 from ops.kernels.gpu.kda_gates import (
   AFTER,
   CHUNK,
+  FROM_MIDDLE,
   TERMS,
   TILE,
   UP_TO,
   choices,
   for_each_level,
-  load_choice,
   positions,
   store_split,
   sums,
@@ -37,6 +39,7 @@ from ops.triangular import unit_lower_inverse
 
 STRIDE = delta_rule_inverse.STRIDE
 SIDES = 2  # chunks of a program
+CHOICES = 3  # those of `kda_gates.choices` that every chunk needs
 
 
 def operands(q, k, log_decay, beta, documents, scale: float, terms: int, interpret=None):
@@ -64,7 +67,7 @@ def operands(q, k, log_decay, beta, documents, scale: float, terms: int, interpr
     rows, mine = pl.ds(chunk * C, C), pl.ds(part * TILE, TILE)
 
     def run(q_s, k_s, y_s, split_s, matrix_s, beta_s, carry_s, spare_s, *rest):
-      left_s, documents_s, full, met = rest
+      choices_s, left_s, documents_s, full, ready, met = rest
 
       def left(x):
         """The left operand of a product, in registers; the interpreter wants it in memory."""
@@ -83,6 +86,10 @@ def operands(q, k, log_decay, beta, documents, scale: float, terms: int, interpr
       if documents is not None:
         here = documents_hbm.at[batch, rows]
         plgpu.copy_gmem_to_smem(here, documents_s.at[w], full.at[w])
+      for n in range(CHOICES):
+        pl.when(w == 0)(
+          functools.partial(plgpu.copy_gmem_to_smem, choices_hbm.at[n], choices_s.at[n], ready)
+        )
       g = plgpu.load(g_hbm.at[batch, rows, head, mine], layout=WGMMA, optimized=False)
       split = split_s.at[w]
       store_split(g, split)
@@ -90,7 +97,8 @@ def operands(q, k, log_decay, beta, documents, scale: float, terms: int, interpr
       q, k = (plgpu.load(x.at[w], layout=WGMMA) for x in (q_s, k_s))
       wide = lambda x: x.astype(jnp.float32)
 
-      factors = lambda n: jnp.exp(sums(load_choice(choices_hbm, n), split, left))
+      plgpu.barrier_wait(ready)
+      factors = lambda n: jnp.exp(sums(choices_s.at[n], split))
       from_start, to_end = factors(UP_TO), factors(AFTER)
       total = sum(load_transposed(split.at[term], simulated).sum(1) for term in range(TERMS))
       carry = jnp.exp(total)
@@ -124,7 +132,13 @@ def operands(q, k, log_decay, beta, documents, scale: float, terms: int, interpr
         return [x + jnp.where(kept, y, 0) for x, y in zip(pairs_of, products)]
 
       scores, pairs = for_each_level(
-        choices_hbm, split, spare_s.at[w], left, level, [mosaic.zeros(C, C), mosaic.zeros(C, C)]
+        choices_s.at[FROM_MIDDLE],
+        choices_hbm,
+        split,
+        spare_s.at[w],
+        left,
+        level,
+        [mosaic.zeros(C, C)] * 2,
       )
       i, j = positions()
       scores = jnp.where(i == j, along_rows((wide(q) * wide(k)).sum(1), C), scores)
@@ -179,9 +193,11 @@ def operands(q, k, log_decay, beta, documents, scale: float, terms: int, interpr
     pl.run_scoped(
       run,
       tile(), tile(), tile(), tile(TERMS), plgpu.SMEM((SIDES, C, STRIDE), jnp.float32),
-      vector(), vector(), vector(), tile() if simulated else None,
+      vector(), vector(), vector(), plgpu.SMEM((CHOICES, C, C), dtype, transforms=TILED),
+      tile() if simulated else None,
       None if documents is None else vector(),
       plgpu.Barrier(num_arrivals=3 if documents is None else 4, num_barriers=n),
+      plgpu.Barrier(num_arrivals=CHOICES),
       plgpu.Barrier(num_arrivals=W, num_barriers=SIDES),
       collective_axes="thread",
     )  # fmt: skip
