@@ -193,6 +193,7 @@ def accumulated():
   return make, before, run.step(before, make_batch())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulation_is_the_same_update(accumulated, parts):
   make, before, (expected, expected_metrics) = accumulated

@@ -48,6 +48,7 @@ def random_input(seed=1):
   return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
+@pytest.mark.slow
 def test_every_option_equals_the_papers_equations():
   x, cases = random_input(), [make(fields) for fields in CASES]
 

@@ -14,6 +14,8 @@ from tests.quick_compilation import quick_compilation as quick_compilation
 
 every_case = pytest.mark.parametrize(("row", "implementation"), cases(), ids=case_name)
 every_row = pytest.mark.parametrize("row", ROWS, ids=case_name)
+# Arithmetic that another JAX does not change: proven once.
+slow = pytest.mark.slow
 
 
 @functools.cache
@@ -30,7 +32,7 @@ def truth_of(row, T, dtype="float32", packed=True, reverse=False):
 @pytest.mark.parametrize(
   ("row", "implementation", "T"),
   [
-    (row, implementation, T)
+    pytest.param(row, implementation, T, marks=[] if T in (1, 65) else slow)
     for row, implementation in cases()
     for T in row.lengths_of(implementation)
   ],
@@ -45,7 +47,7 @@ def test_equals_oracle(row, implementation, T):
 
 
 @every_case
-@pytest.mark.parametrize("T", [1, 17, 65])
+@pytest.mark.parametrize("T", [1, 17, pytest.param(65, marks=slow)])
 def test_equals_oracle_without_segments(row, implementation, T):
   actual = run(row.op, inputs_of(row, T), **row.short_chunks(implementation))
   check(actual, truth_of(row, T, packed=False))
@@ -70,7 +72,7 @@ def test_equals_oracle_in_bfloat16(row, implementation):
 
 
 @every_case
-@pytest.mark.parametrize("T", [17, 65])
+@pytest.mark.parametrize("T", [17, pytest.param(65, marks=slow)])
 def test_equals_oracle_in_float64(row, implementation, T):
   with jax.enable_x64(True):
     inputs = inputs_of(row, T, "float64")
@@ -80,7 +82,9 @@ def test_equals_oracle_in_float64(row, implementation, T):
 
 
 @pytest.mark.parametrize(("row", "implementation"), cases(chunked_only=True), ids=case_name)
-@pytest.mark.parametrize("chunk_size", [1, 5, 64])
+@pytest.mark.parametrize(
+  "chunk_size", [pytest.param(1, marks=slow), 5, pytest.param(64, marks=slow)]
+)
 def test_chunk_size_does_not_matter(row, implementation, chunk_size):
   options = dict(segment_ids=segment_ids(17), implementation=implementation)
   check(run(row.op, inputs_of(row, 17), chunk_size=chunk_size, **options), truth_of(row, 17))
@@ -94,7 +98,7 @@ def split(row, inputs, ids, at):
 
 
 @every_case
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=slow)])
 def test_split_and_carry_equals_whole(row, implementation, reverse):
   T, at = 19, 8
   ids = np.stack([np.repeat([4, 1, 4], [5, 9, 5]), np.where(np.arange(T) % 3, 2, -1)])
@@ -114,6 +118,7 @@ def test_split_and_carry_equals_whole(row, implementation, reverse):
   check(run(two_calls, inputs), truth(row.oracle, inputs, segment_ids=ids, reverse=reverse))
 
 
+@slow
 @every_case
 def test_reset_equals_separate_documents(row, implementation):
   lengths = [1, 6, 2, 10]

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import ops
 from ops.exponential import exp2
@@ -18,6 +19,7 @@ def test_exp2_is_exact_at_zero_and_close_everywhere():
   np.testing.assert_allclose(jax.grad(exp2)(jnp.array(1.5)), np.log(2) * 2**1.5, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_chunked_needs_a_tenth_of_the_memory_of_parallel():
   B, T, D, N = 2, 256, 64, 16
   shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)

@@ -138,6 +138,7 @@ NUMBERS = [("all-gather", 1, f"s32[1,2,{B}]"), ("all-gather", 1, f"s32[1,{B}]")]
 HOP = "collective-permute"
 
 
+@pytest.mark.slow
 def test_what_is_sent():
   """Keys and values once; of a window, what is not at hand, whatever T is."""
   length = 128

@@ -76,6 +76,7 @@ def expected(case, method, blocks):
   return Counter({(kind, size): n for (kind, size), n in count.items() if size})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("method", ["all_gather", "all_scan", "doubling"])
 def test_what_is_sent(case, method):

@@ -132,6 +132,7 @@ def test_a_killed_writer_leaves_nothing_that_is_believed(tmp_path):
   assert not list(tmp_path.glob("tokens/*.partial"))
 
 
+@pytest.mark.slow
 def test_two_writers_agree(tmp_path):
   writers = [start_writer(tmp_path, 0.005) for _ in range(2)]
   sums = [writer.communicate(timeout=120)[0] for writer in writers]

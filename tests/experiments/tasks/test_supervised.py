@@ -37,6 +37,7 @@ def evaluate(task, params, brief=False):
     return task.evaluator(mesh)(params, "validation", brief)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("brief", [False, True])
 def test_an_evaluation_counts_so_many_examples_and_no_more(brief):
   task = make_task(rays(eval__examples=70))
@@ -71,6 +72,7 @@ def test_only_the_last_bit_counts_where_only_it_is_learnt_from():
   assert int(measured.sums["accuracy"]) == int(right.sum())
 
 
+@pytest.mark.slow
 def test_microbatches_measure_the_same():
   results = []
   for parts in (1, 2):
@@ -84,6 +86,7 @@ def test_microbatches_measure_the_same():
   np.testing.assert_allclose(parts["further"]["accuracy"], whole["further"]["accuracy"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_largest_of_what_layers_watch_is_a_metric():
   config = rays(train__accumulate=2)
   config.model.pattern = ("plstm_p",)
