@@ -53,7 +53,7 @@ def positions():
 
 
 def store_split(x, target):
-  """x [C TILE] float32 as a sum of bfloat16 tiles in `target`."""
+  """x [C K] float32 as a sum of bfloat16 tiles in `target`."""
   for term in range(TERMS):
     target[term] = x.astype(target.dtype)
     x = x - x.astype(target.dtype).astype(jnp.float32)
@@ -61,12 +61,12 @@ def store_split(x, target):
 
 
 def sums(choice, split) -> jax.Array:
-  """choice x, float32 [C TILE], of x in `split`; `choice` [C C] is a left operand."""
-  return mosaic.products((CHUNK, TILE), [(choice, split.at[term]) for term in range(TERMS)])
+  """choice x, float32 [C K], of x in `split` [terms C K]; `choice` [C C] is a left operand."""
+  return mosaic.products(split.shape[1:], [(choice, split.at[term]) for term in range(TERMS)])
 
 
 def for_each_level(middle, choices, split, spare, left: Callable, body: Callable, carried):
-  """`body(carried, rows, columns, pairs)` for every level: weights [C TILE] of x and y, and
+  """`body(carried, rows, columns, pairs)` for every level: weights [C K] of x and y, and
   `pairs(i, j)`, the mask of what their product gives, None for all.
 
   Args:

@@ -13,7 +13,7 @@ With S the state before a chunk, dS' the gradient of the one after it, V' and dV
   dg_t = sum_{i>=t} (q dQ + k (rows - columns))_i + sum_{i<t} (k end)_i + exp(G_C) <S, dS'>
 
 where what stands at the right has no part in dg: a token sees itself without decay. And
-dbeta_i = V'_i . dV_i / beta_i^2. A warpgroup has 64 of K.
+dbeta_i = V'_i . dV_i / beta_i^2. A warpgroup has 32 of K: four hide each other's waits.
 """
 
 import jax
@@ -28,15 +28,17 @@ from ops.kernels.gpu.kda_gates import (
   FROM_MIDDLE,
   TERMS,
   TILE,
-  UP_TO,
   choices,
   for_each_level,
   positions,
   store_split,
   sums,
 )
-from ops.kernels.gpu.mosaic import TILED, WGMMA, along_columns, along_rows
+from ops.kernels.gpu.mosaic import WGMMA, along_columns, along_rows
 from ops.kernels.gpu.vector_decay_gates import Documents
+
+WIDTH = 32  # of K that a warpgroup has
+NARROW = (plgpu.TilingTransform((8, WIDTH)), plgpu.SwizzleTransform(2 * WIDTH))
 
 
 def gradients(
@@ -54,7 +56,7 @@ def gradients(
   """
   (B, T, H, K), Hq = log_decay.shape, q.shape[2]
   V, C, dtype, simulated = do.shape[-1], CHUNK, q.dtype, interpret is not None
-  W, blocks = K // TILE, V // TILE
+  W, blocks = K // WIDTH, V // TILE
 
   def kernel(q_hbm, k_hbm, g_hbm, do_hbm, dv_hbm, written_hbm, carry_hbm, *rest):
     before_hbm, after_hbm, documents_hbm, choices_hbm, *outputs_hbm = rest
@@ -63,12 +65,13 @@ def gradients(
     rows = pl.ds(chunk * C, C)
     key_head = lax.div(head, jnp.int32(H // Hq))
     w = lax.axis_index("thread")
-    tile = lambda n: pl.ds(n * TILE, TILE)
+    block = lambda n: pl.ds(n * TILE, TILE)
+    mine = pl.ds(w * WIDTH, WIDTH)
 
     def run(*refs):
       q_s, k_s, y_s, do_s, dv_s, written_s, before_s, after_s, m_s, n_s, *refs = refs
-      split_s, up_to_s, carry_s, diagonal_s, spare_s, left_s, documents_s, *barriers = refs
-      mine, pairs_ready, states_ready, met = barriers
+      split_s, middle_s, carry_s, diagonal_s, spare_s, left_s, documents_s, *barriers = refs
+      mine_ready, pairs_ready, states_ready, met = barriers
 
       def left(x, n=0):
         """The left operand of a product, in registers; the interpreter wants it in memory."""
@@ -81,47 +84,48 @@ def gradients(
       def _():
         for t in range(blocks):
           for source, target in ((do_hbm, do_s), (dv_hbm, dv_s)):
-            here = source.at[batch, rows, head, tile(t)]
+            here = source.at[batch, rows, head, block(t)]
             plgpu.copy_gmem_to_smem(here, target.at[t], pairs_ready)
-          here = written_hbm.at[batch, head, chunk, tile(t)]
+          here = written_hbm.at[batch, head, chunk, block(t)]
           plgpu.copy_gmem_to_smem(here, written_s.at[t], pairs_ready)
-        plgpu.copy_gmem_to_smem(choices_hbm.at[UP_TO], up_to_s, pairs_ready)
+        plgpu.copy_gmem_to_smem(choices_hbm.at[FROM_MIDDLE], middle_s, pairs_ready)
 
       for source, target in ((q_hbm, q_s), (k_hbm, k_s)):
-        here = source.at[batch, rows, key_head, tile(w)]
-        plgpu.copy_gmem_to_smem(here, target.at[w], mine.at[w])
-      plgpu.copy_gmem_to_smem(carry_hbm.at[batch, head, chunk, tile(w)], carry_s.at[w], mine.at[w])
-      # It is read before y_s takes anything else.
-      plgpu.copy_gmem_to_smem(choices_hbm.at[FROM_MIDDLE], y_s.at[w], mine.at[w])
+        here = source.at[batch, rows, key_head, mine]
+        plgpu.copy_gmem_to_smem(here, target.at[w], mine_ready.at[w])
+      plgpu.copy_gmem_to_smem(
+        carry_hbm.at[batch, head, chunk, mine], carry_s.at[w], mine_ready.at[w]
+      )
       if documents is not None:
         here = documents_hbm.at[batch, rows]
-        plgpu.copy_gmem_to_smem(here, documents_s.at[w], mine.at[w])
+        plgpu.copy_gmem_to_smem(here, documents_s.at[w], mine_ready.at[w])
       for source, target in ((before_hbm, before_s), (after_hbm, after_s)):
         for t in range(blocks):
-          here = source.at[batch, head, chunk, tile(t), tile(w)]
+          here = source.at[batch, head, chunk, block(t), mine]
           plgpu.copy_gmem_to_smem(here, target.at[t, w], states_ready.at[w])
 
       wide = lambda x: x.astype(jnp.float32)
-      total = lambda terms: mosaic.products((C, TILE), terms)
+      total = lambda terms: mosaic.products((C, WIDTH), terms)
       i, j = positions()
       split = split_s.at[w]
-      g = plgpu.load(g_hbm.at[batch, rows, head, tile(w)], layout=WGMMA, optimized=False)
+      g = plgpu.load(g_hbm.at[batch, rows, head, mine], layout=WGMMA, optimized=False)
       store_split(g, split)
-      plgpu.barrier_wait(mine.at[w])
+      plgpu.barrier_wait(mine_ready.at[w])
       q, k = (plgpu.load(x.at[w], layout=WGMMA) for x in (q_s, k_s))
       document = None if documents is None else Documents(documents_s.at[w])
       plgpu.barrier_wait(pairs_ready)
 
       def pairs(source, factor, target, diagonal):
         """factor source V'^T, rounded, below the diagonal; on it, float32."""
-        x = total([(source.at[t], written_s.at[t]) for t in range(blocks)]) * factor
+        terms = [(source.at[t], written_s.at[t]) for t in range(blocks)]
+        x = mosaic.products((C, C), terms) * factor
         diagonal[...] = jnp.where(i == j, x, 0).sum(1)
         kept = i > j if document is None else (i > j) & document.pairs()
         target[...] = jnp.where(kept, x, 0).astype(dtype)
 
-      # Two warpgroups make one each.
+      # Two of the warpgroups make one each.
       pl.when(w == 0)(lambda: pairs(do_s, scale, m_s, diagonal_s.at[0]))
-      pl.when(w == W - 1)(lambda: pairs(dv_s, -1.0, n_s, diagonal_s.at[1]))
+      pl.when(w == 1)(lambda: pairs(dv_s, -1.0, n_s, diagonal_s.at[1]))
       plgpu.commit_smem()
       plgpu.barrier_arrive(met)
       plgpu.barrier_wait(met)
@@ -151,25 +155,25 @@ def gradients(
         return [dq, dk, columns]
 
       dq, dk, columns = for_each_level(
-        y_s.at[w],
+        middle_s,
         choices_hbm,
         split,
         spare_s.at[w],
         left,
         level,
-        [mosaic.zeros(C, TILE)] * 3,
+        [mosaic.zeros(C, WIDTH)] * 3,
       )
       plgpu.barrier_wait(states_ready.at[w])
       one, zero = jnp.ones((), dtype), jnp.zeros((), dtype)
       chosen = lambda mask: left(jnp.where(mask, one, zero))
       read = lambda x: total([(x.at[t], before_s.at[t, w]) for t in range(blocks)])
-      from_start = jnp.exp(sums(up_to_s, split))
+      from_start = jnp.exp(sums(chosen(j <= i), split))
       if document is not None:
         from_start = document.before(from_start)
       dq += read(do_s) * (from_start * scale)
       dk -= read(dv_s) * from_start
       db = wide(q) * dq + wide(k) * (dk - columns)
-      own = along_rows(plgpu.load(diagonal_s.at[0], layout=WGMMA.reduce(1)), TILE)
+      own = along_rows(plgpu.load(diagonal_s.at[0], layout=WGMMA.reduce(1)), WIDTH)
       q_s[w] = (dq + own * wide(k)).astype(dtype)
       dk += columns + own * wide(q)
 
@@ -181,36 +185,36 @@ def gradients(
       k_s[w] = (dk + end).astype(dtype)
       plgpu.commit_smem()
       for source, target in ((q_s, dq_hbm), (k_s, dk_hbm)):
-        plgpu.copy_smem_to_gmem(source.at[w], target.at[batch, rows, head, tile(w)])
+        plgpu.copy_smem_to_gmem(source.at[w], target.at[batch, rows, head, mine])
 
       # All that ends after the chunk, less what begins in it after the token.
       end *= wide(k)
       store_split(db - end, split)
-      later = up_to_s.transpose((1, 0))
-      if document is not None:
-        later = chosen((j >= i) & document.pairs())
-      dg = sums(later, split)
+      later = j >= i if document is None else (j >= i) & document.pairs()
+      dg = sums(chosen(later), split)
       load = lambda x, t: wide(plgpu.load(x.at[t, w], layout=WGMMA))
       carry = plgpu.load(carry_s.at[w], layout=WGMMA.reduce(0))
       kept = sum(load(before_s, t) * load(after_s, t) for t in range(blocks))
-      store_split(kept * along_columns(carry, TILE) + end, split)
+      store_split(kept * along_columns(carry, C) + end, split)
       constant = sums(chosen(i >= 0), split)
       dg += constant if document is None else document.after(constant)
-      dg_hbm[batch, rows, head, tile(w)] = dg
+      dg_hbm[batch, rows, head, mine] = dg
       pl.when(w == 0)(
         lambda: plgpu.copy_smem_to_gmem(diagonal_s.at[1], product_hbm.at[batch, head, rows])
       )
       plgpu.wait_smem_to_gmem(0)
 
-    tiles = lambda *shape: plgpu.SMEM((*shape, TILE, TILE), dtype, transforms=TILED)
-    vectors = lambda n: plgpu.SMEM((n, TILE), jnp.float32)
+    memory = lambda *shape: plgpu.SMEM(shape, dtype, transforms=NARROW)
+    tiles = lambda *shape: memory(*shape, TILE, TILE)
+    parts = lambda *shape: memory(*shape, TILE, WIDTH)
+    vectors = lambda *shape: plgpu.SMEM(shape, jnp.float32)
     pl.run_scoped(
       run,
-      tiles(W), tiles(W), tiles(W), tiles(blocks), tiles(blocks), tiles(blocks),
-      tiles(blocks, W), tiles(blocks, W), tiles(), tiles(), tiles(W, TERMS), tiles(),
-      vectors(W), vectors(2), vectors(W), tiles(W, 4) if simulated else None,
-      None if documents is None else vectors(W),
-      plgpu.Barrier(num_arrivals=4 if documents is None else 5, num_barriers=W),
+      parts(W), parts(W), parts(W), tiles(blocks), tiles(blocks), tiles(blocks),
+      parts(blocks, W), parts(blocks, W), tiles(), tiles(), parts(W, TERMS), tiles(),
+      vectors(W, WIDTH), vectors(2, C), vectors(W, C), tiles(W, 4) if simulated else None,
+      None if documents is None else vectors(W, C),
+      plgpu.Barrier(num_arrivals=3 if documents is None else 4, num_barriers=W),
       plgpu.Barrier(num_arrivals=3 * blocks + 1),
       plgpu.Barrier(num_arrivals=2 * blocks, num_barriers=W),
       plgpu.Barrier(num_arrivals=W),
