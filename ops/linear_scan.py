@@ -184,7 +184,9 @@ def _preference(a, **arguments):
     return ["recurrent", "chunked", "parallel"]
   if dispatch.platform() == "tpu":  # where XLA's associative scan moves its array tens of times
     return ["chunked", "parallel", "recurrent"]
-  return ["pallas", "parallel", "chunked", "recurrent"]
+  # The kernel has a program for every few channels: where they are few, XLA's passes are quicker.
+  many = a.shape[0] * a.shape[2] >= 256
+  return ["pallas", "parallel", "chunked", "recurrent"][not many :]
 
 
 dispatch.declare(

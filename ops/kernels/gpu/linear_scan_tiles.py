@@ -21,10 +21,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ops.kernels.gpu import mosaic
 from ops.kernels.gpu.linear_scan import PADDING, PLAIN, START, tile_marks
 from ops.kernels.gpu.scalar_decay import MULTIPROCESSORS
-from ops.kernels.gpu.threads import run_threads
+from ops.kernels.gpu.threads import PARAMS, run_threads
 
 ROWS = 16  # tokens of a thread in a tile
 WIDTHS = (64, 32, 16)  # channels of a program
@@ -165,7 +164,7 @@ def walk(
     grid=(-(-D // width), B),
     grid_names=("block", "batch"),
     interpret=interpret,
-    compiler_params=mosaic.PARAMS,
+    compiler_params=PARAMS,
   )(*arrays, edges, *([marks] if marked else []))
   return [x[:, margin : margin + T] for x in out], final[:, :D]
 

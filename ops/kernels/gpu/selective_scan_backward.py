@@ -21,7 +21,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ops.kernels.gpu import mosaic
 from ops.kernels.gpu.linear_scan import PADDING, START, tile_marks
 from ops.kernels.gpu.selective_scan_forward import (
   Lane,
@@ -31,7 +30,7 @@ from ops.kernels.gpu.selective_scan_forward import (
   states,
   tokens_kept,
 )
-from ops.kernels.gpu.threads import THREADS, run_threads
+from ops.kernels.gpu.threads import PARAMS, THREADS, run_threads
 
 LN_2 = 0.6931471805599453
 WARPS = THREADS // 32
@@ -149,7 +148,7 @@ def gradients(
     grid=(blocks, batch),
     grid_names=("block", "batch"),
     interpret=interpret,
-    compiler_params=mosaic.PARAMS,
+    compiler_params=PARAMS,
   )(x, dt, dy, B, C, before, A, D, dstate, *([marks] if marked else []))  # fmt: skip
   dC, dB = jnp.split(jnp.sum(sums, axis=0)[:, lost : lost + T], 2, axis=2)
   whole = slice(margin, margin + T)

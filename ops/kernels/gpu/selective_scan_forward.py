@@ -16,9 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ops.kernels.gpu import mosaic
 from ops.kernels.gpu.linear_scan import PADDING, START, tile_marks
-from ops.kernels.gpu.threads import THREADS, run_threads
+from ops.kernels.gpu.threads import PARAMS, THREADS, run_threads
 
 
 class Tiling(NamedTuple):
@@ -68,7 +67,7 @@ def outputs(x, dt, A, B, C, D, state, marks, *, reverse, save=False, tiling=None
   """
   (batch, T, width), N = x.shape, A.shape[1]
   every = tokens_kept(x, dt, N)
-  tiling = tiling or Tiling(4 * every, 2, 8)
+  tiling = tiling or Tiling(4 * every, 2, 4)
   tokens, W, simulated = tiling.tokens, channels(N), interpret is not None
   tiles = -(-T // tokens)
   stages, marked, kept = min(tiling.stages, tiles), marks is not None, tokens // every
@@ -151,7 +150,7 @@ def outputs(x, dt, A, B, C, D, state, marks, *, reverse, save=False, tiling=None
     grid=(-(-width // W), batch),
     grid_names=("block", "batch"),
     interpret=interpret,
-    compiler_params=mosaic.PARAMS,
+    compiler_params=PARAMS,
   )(x, dt, B, C, A, D, state, *([marks] if marked else []))
   return y[:, margin : margin + T], *rest
 

@@ -7,6 +7,7 @@ the program is proven there. Loops in Python are unrolled. It needs jax 0.11: im
 functions only.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -17,7 +18,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
+from ops.kernels.gpu import mosaic
+
 THREADS = 128
+# The programs order their accesses to shared memory themselves.
+PARAMS = dataclasses.replace(mosaic.PARAMS, unsafe_no_auto_barriers=True)
 
 
 def run_threads(program: Callable, *refs, flag=None, simulated: bool):

@@ -84,7 +84,9 @@ def test_lowers_for_a_hopper_gpu(B, D, dtypes, mapped):
 
   @functools.partial(jax.grad, argnums=(0, 1, 2))
   def gradients(a, b, state, segment_ids):
-    h, state = ops.linear_scan(a, b, initial_state=state, segment_ids=segment_ids)
+    h, state = ops.linear_scan(
+      a, b, initial_state=state, segment_ids=segment_ids, implementation="pallas"
+    )
     return jnp.sum(h.astype(jnp.float32)) + jnp.sum(state)
 
   text = _lowered(
