@@ -11,24 +11,27 @@ import jax.numpy as jnp
 
 from ops import dispatch
 from ops.kernels import shards
-from ops.kernels.gpu import decode_step, delta_rule, scalar_decay
+from ops.kernels.gpu import decode_step, delta_rule, scalar_decay, vector_decay
 
 WIDEST = 128  # columns of a state that a kernel has room for
 
 
-def supports(*, q, v, beta, **arguments) -> dispatch.Reason:
+def supports(*, q, v, log_decay, beta, **arguments) -> dispatch.Reason:
   """Why no kernel can run `linear_attention` on these arguments; None if one can."""
   B, T, H, V = v.shape
   v = jax.ShapeDtypeStruct((B, T, H * _blocks(V), V // _blocks(V)), v.dtype)
   shared = shards.refusal(B=q.shape[0], H=q.shape[2] if q.shape[2] > 1 else v.shape[2])
-  return _kernels(v.shape[1], beta).supports(q=q, v=v, beta=beta, **arguments) or shared
+  kernels = _kernels(v.shape[1], beta, log_decay is not None and log_decay.ndim == 4)
+  return kernels.supports(q=q, v=v, log_decay=log_decay, beta=beta, **arguments) or shared
 
 
 def run(tokens, state, scale, chunk_size, precision):
   """Outputs [B T Hq M V] in bfloat16 and the final state [B Hq M K V]."""
 
   def kernel(tokens, state):
-    return _kernels(tokens.v.shape[1], tokens.beta).run(tokens, state, scale, chunk_size, precision)
+    by_row = tokens.log_decay is not None and tokens.log_decay.ndim == 5
+    kernels = _kernels(tokens.v.shape[1], tokens.beta, by_row)
+    return kernels.run(tokens, state, scale, chunk_size, precision)
 
   B, _, Hq, M, _ = tokens.v.shape
   # Where one key head serves all heads, those are shared, and every device has the key head.
@@ -62,7 +65,10 @@ def _blocks(V: int) -> int:
   return V // WIDEST if V % WIDEST == 0 else 1
 
 
-def _kernels(T, beta):
+def _kernels(T, beta, by_row: bool):
+  """For so many tokens; `by_row` is a decay for each row of the state."""
   if T == 1:
     return decode_step
+  if by_row and beta is None:
+    return vector_decay
   return scalar_decay if beta is None else delta_rule

@@ -27,9 +27,14 @@ LIMIT = -70.0  # the sum of a chunk's gates from which on factors exp(-sum) migh
 LEVELS = 7  # of halves: none, pairs of one, ... and halves of 32
 
 
-def positions() -> tuple[jax.Array, jax.Array]:
-  """Row and column of each element of a tile."""
-  return tuple(plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), n, layout=WGMMA) for n in (0, 1))
+def positions(zero: int | jax.Array = 0) -> tuple[jax.Array, jax.Array]:
+  """Row and column of each element of a tile.
+
+  A `zero` that the compiler does not know keeps it from making them long before they are needed,
+  and from keeping registers busy with them.
+  """
+  both = (plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), n, layout=WGMMA) for n in (0, 1))
+  return tuple(x + zero for x in both)
 
 
 def store_mask(target, mask):
@@ -75,6 +80,12 @@ class Documents:
     columns = plgpu.load(self.ref, layout=WGMMA.reduce(0))
     return along_rows(self.rows(), CHUNK) == along_columns(columns, CHUNK)
 
+  def goes_on(self) -> jax.Array:
+    """[i] 0 where a document starts, else 1."""
+    i, j = positions()
+    earlier = jnp.where(self.pairs() & (i > j), 1.0, 0.0).sum(1)
+    return jnp.where((earlier == 0.0) & (self.rows() != 0.0), 0.0, 1.0)
+
   def before(self, x: jax.Array) -> jax.Array:
     """Rows of the document that was there before the chunk; the others are 0."""
     return jnp.where(along_rows(self.rows(), x.shape[1]) == 0.0, x, 0.0)
@@ -84,9 +95,9 @@ class Documents:
     return jnp.where(along_rows(self.rows(), x.shape[1]) == self.last, x, 0.0)
 
 
-def level_masks(level: jax.Array) -> tuple[jax.Array, jax.Array]:
+def level_masks(level: jax.Array, zero: int | jax.Array = 0) -> tuple[jax.Array, jax.Array]:
   """Of a level: [i j] which tokens are between i and the middle, and which pairs meet there."""
-  i, j = positions()
+  i, j = positions(zero)
   half = (jnp.int32(1) << level) >> 1
   whole = jnp.maximum(2 * half, 1)
   middle = (i & -whole) + jnp.maximum(half - 1, 0)
