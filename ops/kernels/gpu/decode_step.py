@@ -27,7 +27,7 @@ LARGEST = 256  # K: more would not fit in registers
 
 def supports(*, q, k, v, log_decay, beta, initial_state=None, **arguments) -> dispatch.Reason:
   """Why the kernel cannot run one token of `linear_attention`; None if it can."""
-  reason = no_hopper()
+  reason = heuristics.no_hopper()
   if reason:
     return reason
   if v.shape[1] != 1:
@@ -39,18 +39,6 @@ def supports(*, q, k, v, log_decay, beta, initial_state=None, **arguments) -> di
     return f"V is {V}, it takes multiples of {COLUMNS}"
   if any(x is not None and x.dtype.itemsize > 4 for x in (q, k, v, log_decay, beta, initial_state)):
     return "it works in float32, float64 is given"
-  return None
-
-
-def no_hopper() -> dispatch.Reason:
-  """Why no kernel for Hopper GPUs can run here; None if one can."""
-  if dispatch.platform() != "gpu":
-    return f"it is for Hopper GPUs, this is a {dispatch.platform()}"
-  if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):
-    return f"it needs jax 0.11, this is {jax.__version__}"
-  kind = heuristics.device_kind()
-  if heuristics.of_kind(kind) is None:
-    return f"it is for Hopper GPUs, this is {kind}"
   return None
 
 

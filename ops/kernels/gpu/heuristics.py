@@ -50,6 +50,16 @@ def of_kind(kind: str) -> Heuristics | None:
   return next((KINDS[name] for name in KINDS if re.search(rf"\b{name}\b", kind)), None)
 
 
+def no_hopper() -> dispatch.Reason:
+  """Why no kernel can run on this device under this jax; None if one can."""
+  if dispatch.platform() != "gpu":
+    return f"it is for Hopper GPUs, this is a {dispatch.platform()}"
+  if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):
+    return f"it needs jax 0.11, this is {jax.__version__}"
+  kind = device_kind()
+  return None if of_kind(kind) else f"it is for Hopper GPUs, this is {kind}"
+
+
 def here() -> Heuristics:
   """The entry of the GPU that is compiled for; an H100's where kernels are interpreted."""
   found = of_kind(device_kind()) if dispatch.platform() == "gpu" else None

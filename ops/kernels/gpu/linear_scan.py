@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from ops import dispatch
 from ops.kernels import shards
-from ops.kernels.gpu.scalar_decay import HOPPER, folding_mapped_axes
+from ops.kernels.gpu import heuristics
+from ops.kernels.gpu.scalar_decay import folding_mapped_axes
 from ops.segments import Segments, where_mask
 
 PLAIN, START, PADDING = range(3)
@@ -22,7 +23,7 @@ PLAIN, START, PADDING = range(3)
 
 def supports(*, a, b, chunk_size, initial_state=None, **arguments) -> dispatch.Reason:
   """Why the kernel cannot run `linear_scan` on these arguments; None if it can."""
-  reason = not_on_this_device()
+  reason = heuristics.no_hopper()
   if reason is not None:
     return reason
   if any(x.dtype not in (jnp.bfloat16, jnp.float32) for x in (a, b)):
@@ -36,18 +37,6 @@ def supports(*, a, b, chunk_size, initial_state=None, **arguments) -> dispatch.R
   if chunk_size is not None:
     return "it chooses its chunks, chunk_size is for others"
   return shards.refusal(B=a.shape[0], D=a.shape[2])
-
-
-def not_on_this_device() -> dispatch.Reason:
-  """Why no kernel runs on this device under this jax; None if they do."""
-  if dispatch.platform() != "gpu":
-    return f"it is for Hopper GPUs, this is a {dispatch.platform()}"
-  if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):
-    return f"it needs jax 0.11, this is {jax.__version__}"
-  kind = (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).device_kind
-  if not any(name in kind for name in HOPPER):
-    return f"it is for Hopper GPUs, this is {kind}"
-  return None
 
 
 def scan(a, b, state, segments: Segments | None, reverse: bool, interpret=None):

@@ -21,8 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ops.kernels.gpu import heuristics
 from ops.kernels.gpu.linear_scan import PADDING, PLAIN, START, tile_marks
-from ops.kernels.gpu.scalar_decay import MULTIPROCESSORS
 from ops.kernels.gpu.threads import PARAMS, run_threads
 
 ROWS = 16  # tokens of a thread in a tile
@@ -47,7 +47,8 @@ class Tiling(NamedTuple):
 
 def choose_tiling(B: int, D: int, tile_bytes: int, result_bytes: int) -> Tiling:
   """As wide as leaves every multiprocessor a program; bytes are of one token and channel."""
-  fills = lambda width: B * -(-D // width) >= 0.9 * MULTIPROCESSORS
+  multiprocessors = heuristics.here().multiprocessors
+  fills = lambda width: B * -(-D // width) >= 0.9 * multiprocessors
   width = next((width for width in WIDTHS if fills(width)), WIDTHS[-1])
   stages = (MEMORY // (256 * ROWS) - 2 * result_bytes) // tile_bytes
   return Tiling(width, max(2, min(stages, 6)))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ops import dispatch
 from ops.kernels import shards
 from ops.kernels.gpu import newton_cell
-from ops.kernels.gpu.decode_step import no_hopper
+from ops.kernels.gpu.heuristics import no_hopper
 from ops.kernels.gpu.scalar_decay import folding_mapped_axes
 from ops.newton_solve import Report
 

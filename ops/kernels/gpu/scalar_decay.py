@@ -27,19 +27,13 @@ CHUNK = 64  # tokens: the rows of one wgmma
 WIDTHS = (64, 128)  # K and V for which there are tilings
 FLOOR = -63.0
 NOTHING = -128.0  # its exponential is 0 in float32
-HOPPER = tuple(heuristics.KINDS)
-MULTIPROCESSORS = 132
 
 
 def supports(*, q, k, v, log_decay, beta, scale, chunk_size, **arguments) -> dispatch.Reason:
   """Why the kernels cannot run `linear_attention` on these arguments; None if they can."""
-  if dispatch.platform() != "gpu":
-    return f"it is for Hopper GPUs, this is a {dispatch.platform()}"
-  if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):
-    return f"it needs jax 0.11, this is {jax.__version__}"
-  kind = heuristics.device_kind()
-  if heuristics.of_kind(kind) is None:
-    return f"it is for Hopper GPUs, this is {kind}"
+  reason = heuristics.no_hopper()
+  if reason is not None:
+    return reason
   if beta is not None:
     return "it has no delta rule"
   if log_decay is not None and log_decay.ndim == 4:

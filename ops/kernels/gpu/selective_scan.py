@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from ops import dispatch
 from ops.kernels import shards
-from ops.kernels.gpu.linear_scan import find_marks, not_on_this_device
+from ops.kernels.gpu import heuristics
+from ops.kernels.gpu.linear_scan import find_marks
 from ops.kernels.gpu.scalar_decay import folding_mapped_axes
 from ops.segments import Segments, where_mask
 
@@ -23,7 +24,7 @@ LOG2_E = 1.4426950408889634
 
 def supports(*, x, dt, A, B, C, D, initial_state, chunk_size, **arguments) -> dispatch.Reason:
   """Why the kernels cannot run `selective_scan` on these arguments; None if they can."""
-  reason = not_on_this_device()
+  reason = heuristics.no_hopper()
   if reason is not None:
     return reason
   given = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "initial_state": initial_state}
