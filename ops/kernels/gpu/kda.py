@@ -125,7 +125,6 @@ def backward(q, k, log_decay, beta, document, *saved, scale, interpret=None):
   if k.shape[2] != do.shape[2]:
     group = lambda x: x.reshape(*k.shape[:3], -1, k.shape[3]).astype(jnp.float32).sum(3)
     dq, dk = group(dq).astype(q.dtype), group(dk).astype(k.dtype)
-  # The product has V' . dV with the sign of N.
   dbeta = -product.transpose(0, 2, 1) / away_from_zero(beta) ** 2
   return dq, dk, dv, dg, dbeta, jnp.swapaxes(dstate, 2, 3)
 

@@ -44,7 +44,7 @@ NARROW = (plgpu.TilingTransform((8, WIDTH)), plgpu.SwizzleTransform(2 * WIDTH))
 def gradients(
   q, k, log_decay, do, dv, written, carry, before, after, documents, scale: float, interpret=None
 ):
-  """dq, dk [B T H K] like q, for each head of V, float32 dg [B T H K] and V' . dV [B H T].
+  """dq, dk [B T H K] like q, for each head of V, float32 dg [B T H K] and -V' . dV [B H T].
 
   Args:
     q, k, do, dv: bfloat16 [B T Hq K], [B T H V], T a multiple of the chunk, H of Hq.
@@ -143,7 +143,6 @@ def gradients(
           some = lambda mask, x: jnp.where(mask, x, jnp.zeros((), dtype))
           load = lambda x: plgpu.load(x, layout=WGMMA)
           turned = lambda x: transposed(x, simulated)
-          some = lambda mask, x: jnp.where(mask, x, jnp.zeros((), dtype))
           operands = [
             [left(some(kept(i, j), load(x)), n) for n, x in enumerate((m_s, n_s))],
             [left(some(kept(j, i), turned(x)), 2 + n) for n, x in enumerate((m_s, n_s))],
@@ -154,14 +153,9 @@ def gradients(
         columns += opposite * total([(m_turned, q_s.at[w]), (n_turned, k_s.at[w])])
         return [dq, dk, columns]
 
+      none = [mosaic.zeros(C, WIDTH)] * 3
       dq, dk, columns = for_each_level(
-        middle_s,
-        choices_hbm,
-        split,
-        spare_s.at[w],
-        left,
-        level,
-        [mosaic.zeros(C, WIDTH)] * 3,
+        middle_s, choices_hbm, split, spare_s.at[w], left, level, none
       )
       plgpu.barrier_wait(states_ready.at[w])
       one, zero = jnp.ones((), dtype), jnp.zeros((), dtype)
