@@ -25,7 +25,9 @@ from ops.kernels.gpu import mosaic
 from ops.kernels.gpu.mosaic import WGMMA
 
 CHUNK = 64  # tokens: the rows of one wgmma
-TILE = 64  # of K: a warpgroup has so many rows of the state
+TILE = 64  # columns
+WIDTH = 32  # of K that a warpgroup has
+NARROW = (plgpu.TilingTransform((8, WIDTH)), plgpu.SwizzleTransform(2 * WIDTH))
 TERMS = 2  # bfloat16 numbers for one of float32
 LARGEST = 60.0  # exponent of a weight that is turned over
 
@@ -65,7 +67,13 @@ def sums(choice, split) -> jax.Array:
   return mosaic.products(split.shape[1:], [(choice, split.at[term]) for term in range(TERMS)])
 
 
-def for_each_level(middle, choices, split, spare, left: Callable, body: Callable, carried):
+def largest(spare):
+  """The largest exponent that `for_each_level` has left in `spare`."""
+  # Positions at the ends are the farthest from the middle.
+  return jnp.maximum(spare[0], spare[CHUNK - 1])
+
+
+def for_each_level(middle, choices, split, spare, decide, left: Callable, body: Callable, carried):
   """`body(carried, rows, columns, pairs)` for every level: weights [C K] of x and y, and
   `pairs(i, j)`, the mask of what their product gives, None for all.
 
@@ -73,6 +81,7 @@ def for_each_level(middle, choices, split, spare, left: Callable, body: Callable
     middle: FROM_MIDDLE of `choices`, in shared memory.
     choices: in device memory, for the levels.
     spare: float32 [C] of shared memory.
+    decide: called with exponents in `spare`; the largest of those that one level is to serve.
     left: makes a left operand of an array.
   """
   exponent = sums(middle, split)
@@ -95,6 +104,4 @@ def for_each_level(middle, choices, split, spare, left: Callable, body: Callable
   def one_by_one(carried):
     return lax.fori_loop(jnp.int32(0), jnp.int32(LEVELS), level, carried)
 
-  # Positions at the ends are the farthest from the middle.
-  mild = jnp.maximum(spare[0], spare[CHUNK - 1]) < LARGEST
-  return lax.cond(mild, at_once, one_by_one, carried)
+  return lax.cond(decide() < LARGEST, at_once, one_by_one, carried)

@@ -26,19 +26,19 @@ from ops.kernels.gpu import mosaic
 from ops.kernels.gpu.kda_gates import (
   CHUNK,
   FROM_MIDDLE,
+  NARROW,
   TERMS,
   TILE,
+  WIDTH,
   choices,
   for_each_level,
+  largest,
   positions,
   store_split,
   sums,
 )
 from ops.kernels.gpu.mosaic import WGMMA, along_columns, along_rows
 from ops.kernels.gpu.vector_decay_gates import Documents
-
-WIDTH = 32  # of K that a warpgroup has
-NARROW = (plgpu.TilingTransform((8, WIDTH)), plgpu.SwizzleTransform(2 * WIDTH))
 
 
 def gradients(
@@ -153,9 +153,10 @@ def gradients(
         columns += opposite * total([(m_turned, q_s.at[w]), (n_turned, k_s.at[w])])
         return [dq, dk, columns]
 
-      none = [mosaic.zeros(C, WIDTH)] * 3
+      spare, none = spare_s.at[w], [mosaic.zeros(C, WIDTH)] * 3
+      decide = lambda: largest(spare)
       dq, dk, columns = for_each_level(
-        middle_s, choices_hbm, split, spare_s.at[w], left, level, none
+        middle_s, choices_hbm, split, spare, decide, left, level, none
       )
       plgpu.barrier_wait(states_ready.at[w])
       one, zero = jnp.ones((), dtype), jnp.zeros((), dtype)
