@@ -174,7 +174,7 @@ def _gradients(
   def token(t):
     """What there is of the token number `t` in the order of the scan, and its row."""
     row = t * -1 + (tokens - 1) if descending else t
-    read = lambda memory: memory.at(row * W).at(lane.column).load(0, 2)
+    read = lambda memory: lane.of_channels(memory.at(row * W))
     x_t, dt_t, e_t, mark = read(x), read(dt), read(dy), None
     if marks is not None:
       mark = marks.at(row).load()[0]
@@ -210,7 +210,7 @@ def _gradients(
     for one, h in loaded:
       d, dA, result = step(one, after, h, d, dA)
       after, (_, x_t, _, e_t, *_) = h, one
-      dD = threads.multiply_add(lane.chosen(e_t), lane.chosen(x_t), dD)
+      dD = threads.multiply_add(e_t[0], x_t[0], dD)
       results.append(result)
     for t, ((row, *_), _), (dx_t, ddt_t, total) in zip(places, loaded, results):
       dx.at(row * W).at(lane.own).store([dx_t])
@@ -244,11 +244,10 @@ def _gradients(
       for piece in pieces:
         total = threads.product((ones[n], none, none, ones[n]), piece, total)
     du, rate = lane.total(du), lane.total(rate)
-    x_t, dt_t, e_t = (lane.chosen(pair) for pair in (x_t, dt_t, e_t))
-    ddt_t = threads.multiply_add(x_t, du, rate * LN_2)
+    ddt_t = threads.multiply_add(x_t[0], du, rate * LN_2)
     if mark is not None:
       ddt_t = where(mark == PADDING, 0, ddt_t)
-    return d, dA, (threads.multiply_add(dt_t, du, skip * e_t), ddt_t, total)
+    return d, dA, (threads.multiply_add(dt_t[0], du, skip * e_t[0]), ddt_t, total)
 
   numbers = [*after, *flat(lane.pairs(d)), *flat(lane.pairs(dA)), dD.at(lane.own).load()[0]]
   numbers = threads.loop(tokens // unroll, steps, numbers)

@@ -171,29 +171,28 @@ class Lane:
     self.own = threads.where(self.is_upper, self.column + 1, self.column)
 
   def pairs(self, memory):
-    """[N W] -> [states][2]."""
+    """[N W] -> [states][2], the channel first that `total` leaves."""
     place = memory.at(self.part * (self.states * self.width) + self.column)
-    return [place.load(n * self.width, 2) for n in range(self.states)]
+    return [place.load_pair(self.is_upper, n * self.width) for n in range(self.states)]
 
   def store_pairs(self, memory, numbers):
     place = memory.at(self.part * (self.states * self.width) + self.column)
     for n, pair in enumerate(numbers):
-      place.store(pair, n * self.width)
+      place.store_pair(pair, self.is_upper, n * self.width)
 
   def of_token(self, row):
     """[N] -> [states], the same for all channels."""
     place = row.at(self.part * self.states)
     return [number for n in range(0, self.states, 4) for number in place.load(n, 4)]
 
-  def chosen(self, pair):
-    """The number of the channel that `total` leaves."""
-    return self.threads.where(self.is_upper, pair[1], pair[0])
+  def of_channels(self, row):
+    """[W] -> [2], the channel first that `total` leaves."""
+    return row.at(self.column).load_pair(self.is_upper)
 
   def total(self, pair):
-    """The sum over all states for one of the two channels."""
+    """The sum over all states for the first of the two channels."""
     threads = self.threads
-    other = threads.exchange(threads.where(self.is_upper, pair[0], pair[1]), 16)
-    total = self.chosen(pair) + other
+    total = pair[0] + threads.exchange(pair[1], 16)
     for distance in (8, 4):
       if distance >= 32 // self.parts:
         total = total + threads.exchange(total, distance)
@@ -217,7 +216,7 @@ def _outputs(threads, x, dt, B, C, A, D, state, y, *rest, N, tiling, descending,
     for token in range(tiling.unroll):
       at = lambda memory, size, token=token: memory.at(row * size).at(sign * token * size)
       loaded.append((
-        at(x, W).at(lane.column).load(0, 2), at(dt, W).at(lane.column).load(0, 2),
+        lane.of_channels(at(x, W)), lane.of_channels(at(dt, W)),
         lane.of_token(at(B, N)), lane.of_token(at(C, N)),
         at(marks, 1).load()[0] if marks is not None else None,
       ))  # fmt: skip
@@ -228,7 +227,7 @@ def _outputs(threads, x, dt, B, C, A, D, state, y, *rest, N, tiling, descending,
       h, y_t = advance(threads, h, x_t, dt_t, rates, B_t), [threads.constant(0.0)] * 2
       for n in range(len(rates)):
         y_t = [threads.multiply_add(h[n][c], C_t[n], y_t[c]) for c in range(2)]
-      y_t = threads.multiply_add(skip, lane.chosen(x_t), lane.total(y_t))
+      y_t = threads.multiply_add(skip, x_t[0], lane.total(y_t))
       if mark is not None:
         y_t = where(mark == PADDING, 0, y_t)
       results.append(y_t)

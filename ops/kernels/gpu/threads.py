@@ -10,17 +10,15 @@ functions only.
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from ops.kernels.gpu import mosaic
+from ops.kernels.gpu.threads_simulated import THREADS, Simulated, SimulatedMemory
 
-THREADS = 128
 # The programs order their accesses to shared memory themselves.
 PARAMS = dataclasses.replace(mosaic.PARAMS, unsafe_no_auto_barriers=True)
 
@@ -99,6 +97,11 @@ def _assembly(kind: ir.Type, operands: Sequence[ir.Value], text: str, constraint
   return llvm.inline_asm(kind, list(operands), text, constraints)
 
 
+def _pair(numbers: Sequence[Number], swapped: Number) -> list[Number]:
+  pick = lambda x, y: Number(arith.select(swapped.value, x.value, y.value))
+  return [pick(*reversed(numbers)), pick(*numbers)]
+
+
 class Memory:
   """A place in an array in shared memory."""
 
@@ -125,6 +128,24 @@ class Memory:
         halves += [arith.bitcast(ir.F32Type.get(), half) for half in (low, high)]
       return [Number(half) for half in halves]
     return [Number(x) for x in self._vector(pointer, self.kind, count)]
+
+  def load_pair(self, swapped: Number, offset: int = 0) -> list[Number]:
+    """`load` of two, the second one first in the threads `swapped`."""
+    if not isinstance(self.kind, ir.BF16Type):
+      return _pair(self.load(offset, 2), swapped)
+    integer = ir.IntegerType.get_signless(32)
+    (word,), zero = self._vector(self.at(offset).pointer, integer, 1), utils.c(0, integer)
+    # Which bytes of the word and zero make a float32 of one half.
+    selectors = [Number(utils.c(bytes_, integer)) for bytes_ in (0x1044, 0x3244)]
+    halves = [
+      _assembly(integer, (word, zero, selector.value), "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r")
+      for selector in _pair(selectors, swapped)
+    ]
+    return [Number(arith.bitcast(ir.F32Type.get(), half)) for half in halves]
+
+  def store_pair(self, numbers: Sequence[Number], swapped: Number, offset: int = 0):
+    """`store` of two, as `load_pair` gave them."""
+    self.store(_pair(numbers, swapped), offset)
 
   @staticmethod
   def _vector(pointer, kind, count):
@@ -224,85 +245,3 @@ class Threads:
       return [x.value for x in body(Number(step), [Number(value) for value in values])]
 
     return [Number(value) for value in result.results]
-
-
-class SimulatedMemory:
-  """`Memory` for the interpreter; the places in one array share it."""
-
-  def __init__(self, array: jax.Array):
-    self.root, self.start = self, 0
-    self.shape, self.flat, self.is_written = array.shape, array.reshape(-1), False
-
-  @property
-  def array(self) -> jax.Array:
-    return self.flat.reshape(self.shape)
-
-  def at(self, index) -> "SimulatedMemory":
-    place = object.__new__(SimulatedMemory)
-    place.root, place.start = self.root, self.start + index
-    return place
-
-  def load(self, offset=0, count=1):
-    flat = self.root.flat
-    wide = flat.dtype if jnp.issubdtype(flat.dtype, jnp.integer) else jnp.float32
-    return [flat[self.start + (offset + n)].astype(wide) for n in range(count)]
-
-  def store(self, numbers, offset=0, where=None):
-    root = self.root
-    root.is_written = True
-    for n, number in enumerate(numbers):
-      index = self.start + (offset + n)
-      if where is not None:
-        index = jnp.where(where, index, root.flat.size)
-      root.flat = root.flat.at[index].set(number.astype(root.flat.dtype), mode="drop")
-
-
-class Simulated:
-  """`Threads` for the interpreter: a number is an array [128], or one for all threads."""
-
-  def __init__(self, memories, flag):
-    self.memories, self.flag, self.index = memories, flag, jnp.arange(THREADS)
-
-  def constant(self, x):
-    return jnp.full((THREADS,), x, jnp.float32)
-
-  def multiply_add(self, x, y, z):
-    return x * y + z
-
-  def exp2(self, x):
-    return jnp.exp2(x)
-
-  def where(self, condition, x, y):
-    return jnp.where(condition, x, y)
-
-  def exchange(self, x, distance):
-    return x[self.index ^ distance]
-
-  def product(self, left, right, total):
-    grid = lambda x: jnp.broadcast_to(self.short(x), (THREADS,)).reshape(-1, 8, 4)
-    rows = [jnp.concatenate([grid(x), grid(y)], axis=2) for x, y in (left[::2], left[1::2])]
-    columns = [jnp.swapaxes(grid(x), 1, 2) for x in right]
-    left, right = jnp.concatenate(rows, axis=1), jnp.concatenate(columns, axis=1)
-    sums = jnp.matmul(left, right, precision="highest").reshape(-1, 2, 8, 4, 2)
-    return [x + sums[:, n // 2, :, :, n % 2].reshape(-1) for n, x in enumerate(total)]
-
-  def short(self, x):
-    bits = lax.bitcast_convert_type(jnp.broadcast_to(x, (THREADS,)), jnp.int32) & -(2**13)
-    return lax.bitcast_convert_type(bits, jnp.float32)
-
-  def wait_for_all(self):
-    pass
-
-  def loop(self, steps, body, numbers):
-    def step(i, carry):
-      arrays, numbers = carry
-      for memory, array in zip(self.memories, arrays):
-        memory.flat = array
-      numbers = body(i, numbers)
-      return [memory.flat for memory in self.memories], numbers
-
-    start = [memory.flat for memory in self.memories], list(numbers)
-    arrays, numbers = lax.fori_loop(0, steps, step, start)
-    for memory, array in zip(self.memories, arrays):
-      memory.flat = array
-    return numbers
