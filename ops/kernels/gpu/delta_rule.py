@@ -13,16 +13,21 @@ import jax.numpy as jnp
 
 from ops import dispatch
 from ops.kernels.gpu import scalar_decay
-from ops.kernels.gpu.delta_rule_gates import EVERY, chunk_gates
+from ops.kernels.gpu.delta_rule_gates import chunk_gates
 from ops.kernels.gpu.scalar_decay import CHUNK, FLOOR, folding_mapped_axes
 from ops.segments import where_mask
 
+WIDTHS = (64, 128)  # K and V that fit into shared memory
 
-def supports(*, beta, **arguments) -> dispatch.Reason:
+
+def supports(*, q, v, beta, **arguments) -> dispatch.Reason:
   """Why the kernels cannot run `linear_attention` on these arguments; None if they can."""
   if beta is None:
     return "it has the delta rule only"
-  return scalar_decay.supports(beta=None, **arguments)
+  reason = scalar_decay.supports(q=q, v=v, beta=None, **arguments)
+  if reason is None and not {q.shape[3], v.shape[3]} <= set(WIDTHS):
+    return f"K and V are {q.shape[3]} and {v.shape[3]}, it knows {WIDTHS} with the delta rule"
+  return reason
 
 
 def run(tokens, state, scale, chunk_size, precision):
@@ -52,7 +57,7 @@ def attend(q, k, v, log_decay, beta, state, document, scale, interpret=None):
     interpret: `plgpu.InterpretGPUParams()` to run on a CPU.
   """
   T = q.shape[1]
-  pad = -T % (CHUNK * EVERY)
+  pad = -T % (2 * CHUNK)  # the kernels take chunks by twos
   if pad:
     whole = lambda x, **mode: jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2), **mode)
     # A token of zeros without decay leaves the state as it is.
@@ -70,7 +75,7 @@ def _attend(*arguments):
 def _attend_forward(q, k, v, log_decay, beta, state, document, scale, interpret, save=True):
   call = functools.partial(forward, scale=scale, save=save, interpret=interpret)
   o, state, *saved = folding_mapped_axes(call)(q, k, v, log_decay, beta, state, document)
-  return (o, state), (q, k, log_decay, beta, document, *saved)
+  return (o, state), (q, k, log_decay, document, *saved)
 
 
 def _attend_backward(scale, interpret, residuals, cotangents):
@@ -88,44 +93,35 @@ def forward(
   """Outputs, the final state, and with `save` what `backward` takes."""
   from ops.kernels.gpu import delta_rule_forward, delta_rule_inverse
 
-  gates = chunk_gates(log_decay, document)
-  steps = away_from_zero(beta).transpose(0, 2, 1)
-  inverses = delta_rule_inverse.inverses(k, gates, steps, terms, interpret)
+  gates = chunk_gates(log_decay, beta, document)
+  inverses = delta_rule_inverse.inverses(k, gates, terms, interpret)
   before = jnp.swapaxes(state, 2, 3)
   o, state, *saved = delta_rule_forward.outputs(
     q, k, v, gates, inverses, before, scale, stages, save, interpret
   )
-  return o, jnp.swapaxes(state, 2, 3), *([inverses, *saved] if save else [])
-
-
-def away_from_zero(beta):
-  """`beta`, by which the gradients are divided: what is lost of a value is 1e-6 of it."""
-  return jnp.where(jnp.abs(beta) < 1e-6, 1e-6, beta)
+  return o, jnp.swapaxes(state, 2, 3), *([gates, inverses, *saved] if save else [])
 
 
 def backward(
-  q, k, log_decay, beta, document, inverses, before, written, do, dstate, *, scale, stages=2,
+  q, k, log_decay, document, gates, inverses, before, written, do, dstate, *, scale, stages=3,
   interpret=None,
 ):  # fmt: skip
   """Gradients of q, k, v, log_decay, beta and the state, from what `forward` saved."""
   from ops.kernels.gpu import delta_rule_backward, delta_rule_gradients
 
   (B, T, H), Hq = do.shape[:3], q.shape[2]
-  gates = chunk_gates(log_decay, document)
   dv, dstate, after = delta_rule_backward.state_gradients(
     q, k, do, gates, inverses, jnp.swapaxes(dstate, 2, 3), scale, stages, interpret
   )
-  dq, dk, parts = delta_rule_gradients.gradients(
+  dq, dk, sums = delta_rule_gradients.gradients(
     q, k, do, dv, written, gates, before, after, scale, interpret
   )
   if Hq != H:
     group = lambda x: x.reshape(B, T, Hq, H // Hq, -1).astype(jnp.float32).sum(3).astype(x.dtype)
     dq, dk = group(dq), group(dk)
-  db, constant, product = jnp.moveaxis(parts.sum(2).reshape(B, H, 3, T // CHUNK, CHUNK), 2, 0)
-  dg = scalar_decay._sum_from_each_on(db, constant.sum(3, keepdims=True), document)
-  dg = jnp.where(log_decay < FLOOR, 0, dg.reshape(B, H, T).transpose(0, 2, 1))
+  dg, dbeta = jnp.moveaxis(sums, (2, 3), (0, 2))
+  dg = jnp.where(log_decay < FLOOR, 0, dg)
   if document is not None:
     # There is no state to decay where a document starts.
     dg = where_mask(document == scalar_decay.document_before(document, 1), dg)
-  dbeta = product.reshape(B, H, T).transpose(0, 2, 1) / away_from_zero(beta) ** 2
   return dq, dk, dv, dg, dbeta, jnp.swapaxes(dstate, 2, 3)

@@ -9,7 +9,7 @@ T and V' as in `delta_rule_forward.py`, A_ij = scale q_i . k_j exp(b_i - b_j) fo
   M_ij = scale dO_i . V'_j exp(b_i - b_j), i >= j         N_ij = -dV_i . V'_j exp(b_i - b_j), i > j
   dQ = scale exp(b) (dO S^T) + M K
   dK = N K - exp(b) (dV S^T)  +  M^T Q + N^T K + exp(b_C - b) (V' dS'^T)         rows  +  columns
-  dbeta_i = V'_i . dV_i / beta_i^2
+  dbeta_i = k_i . columns_i / beta_i
   db_i    = q_i . dq_i + k_i . (rows - columns)_i
   dg_t    = sum_{i >= t} db_i + <S', dS'>         S' = exp(b_C) S + K^T (exp(b_C - b) V')
 """
@@ -21,19 +21,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ops.kernels.gpu import mosaic
-from ops.kernels.gpu.delta_rule_forward import CHUNK, COLUMNS, HANDED, load_transposed
-from ops.kernels.gpu.delta_rule_gates import EVERY, FROM_START, TO_END, pairs
-from ops.kernels.gpu.mosaic import TILED, WGMMA, along_columns
+from ops.kernels.gpu.delta_rule_forward import CHUNK, COLUMNS, HANDED
+from ops.kernels.gpu.delta_rule_gates import FROM_START, TO_END, pairs, written_only
+from ops.kernels.gpu.mosaic import TILED, WGMMA, along_columns, along_rows
 
 
 def state_gradients(
-  q, k, do, gates, inverses, dstate, scale: float, stages: int = 2, interpret=None
+  q, k, do, gates, inverses, dstate, scale: float, stages: int = 3, interpret=None
 ):
   """dv [B T H V], the gradient of the initial state, float32 [B H V K], and in the dtype of q
-  [B H N/2 V K] the gradients of the state after each pair of chunks.
+  [B H N V K] the gradients of the state after each chunk.
 
   Args:
-    q, k, do: [B T Hq K], [B T H V], T a multiple of the chunk.
+    q, k, do: [B T Hq K], [B T H V], T a multiple of two chunks.
     gates: float32 [B H N R C], of `delta_rule_gates`.
     inverses: [B H N n C C] like `q`, T as a sum of n terms.
     dstate: float32 [B H V K], the gradient of the final state.
@@ -43,13 +43,25 @@ def state_gradients(
   chunks = T // C
   stages, terms = min(stages, chunks), inverses.shape[3]
 
-  def kernel(q_hbm, k_hbm, do_hbm, gates_hbm, inverses_hbm, last_hbm, dv_hbm, first_hbm, after_hbm):
+  def kernel(q_hbm, k_hbm, do_hbm, gates_hbm, inverses_hbm, last_hbm, *outputs_hbm):
+    dv_hbm, first_hbm, after_hbm = outputs_hbm
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
     key_head = lax.div(head, jnp.int32(H // Hq))
     part = pl.ds(lax.axis_index("block") * COLUMNS, COLUMNS)
     chunk = lambda n: chunks - 1 - n
 
-    def run(q_s, k_s, do_s, inverse_s, scores_s, state_s, dv_s, left_s, gates_s, *barriers):
+    def run(
+      q_s,
+      k_s,
+      do_s,
+      inverse_s,
+      scores_s,
+      weighted_s,
+      state_s,
+      left_s,
+      gates_s,
+      *barriers,
+    ):
       full, consumed, ready, taken = barriers
 
       def left(n, x):
@@ -66,29 +78,33 @@ def state_gradients(
           (k_hbm.at[batch, rows, key_head], k_s), (q_hbm.at[batch, rows, key_head], q_s),
           (do_hbm.at[batch, rows, head, part], do_s),
           (gates_hbm.at[batch, head, chunk(n)], gates_s),
+          (inverses_hbm.at[batch, head, chunk(n)], inverse_s),
         ):  # fmt: skip
           plgpu.copy_gmem_to_smem(source, target.at[slot], full.at[slot])
-        for term in range(terms):
-          source = inverses_hbm.at[batch, head, chunk(n), term]
-          plgpu.copy_gmem_to_smem(source, inverse_s.at[slot, term], full.at[slot])
 
-      def solve(written, kept, from_start, weighted, slot, share):
+      def solve(written, kept, slot, hand, share):
         """dV^T = dV'^T T, shared as soon as it is there, and the gradient of the state before."""
-        weigh = lambda dv: (-dv * along_columns(from_start, COLUMNS)).astype(dtype)
         systems = [inverse_s.at[slot, n] for n in range(terms)]
+        from_outputs = weighted_s.at[hand].transpose((1, 0)), q_s.at[slot]
+        from_start = plgpu.load(gates_s.at[slot, FROM_START], layout=WGMMA.reduce(0))
+        from_start = written_only(gates_s.at[slot], from_start, 0)
+        weigh = lambda dv, x: (-dv * along_columns(x, COLUMNS)).astype(dtype)
         if simulated:
-          dv = mosaic.products((COLUMNS, C), [(left(2, written), x) for x in systems])
+          dv = mosaic.products((COLUMNS, C), [(left(1, written), x) for x in systems])
           share(dv)
-          state = kept + mosaic.product((COLUMNS, K), left(3, weighted), q_s.at[slot])
-          return state + mosaic.product((COLUMNS, K), left(4, weigh(dv)), k_s.at[slot])
+          terms_of_state = [
+            from_outputs,
+            (left(2, weigh(dv, from_start)), k_s.at[slot]),
+          ]
+          return mosaic.accumulate_and(simulated, kept, terms_of_state, lambda: None)[0]
 
         def body(solved, state):
           for system in systems:
             plgpu.wgmma(solved, written, system)
           state[...] = kept
-          plgpu.wgmma(state, weighted, q_s.at[slot])
+          plgpu.wgmma(state, *from_outputs)
           dv = plgpu.wgmma_accumulator_load(solved, wait_n=1)
-          plgpu.wgmma(state, weigh(dv), k_s.at[slot])
+          plgpu.wgmma(state, weigh(dv, from_start), k_s.at[slot])
           share(dv)
           return state[...]
 
@@ -97,65 +113,76 @@ def state_gradients(
 
       def carry(wait, release):
         # What does not wait for the state's gradient is done while the tensor cores work.
-        def step(n, state):
-          slot, hand = wait(n), lax.rem(n, jnp.int32(HANDED))
-          column = lambda row: plgpu.load(gates_s.at[slot, row], layout=WGMMA.reduce(0))
-          along = lambda x: along_columns(x, COLUMNS)
+        def step(n, hand, state):
+          slot = wait(n)
           narrow = state.astype(dtype)
 
           def while_reading():
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-            @pl.when(lax.rem(n, jnp.int32(EVERY)) == 0)
-            def _():
-              state_s[...] = narrow
-              plgpu.commit_smem()
-              target = after_hbm.at[batch, head, lax.div(chunk(n), jnp.int32(EVERY)), part]
-              plgpu.copy_smem_to_gmem(state_s, target)
-
-            values, from_start = load_transposed(do_s.at[slot], simulated), column(FROM_START)
-            weighted = (values * along(from_start * scale)).astype(dtype)
             plgpu.barrier_wait(ready.at[hand])
-            inside, (to_end, kept) = mosaic.product_and(
+            return mosaic.product_and(
               (COLUMNS, C),
-              left(1, values.astype(dtype)),
+              do_s.at[slot].transpose((1, 0)),
               scores_s.at[hand],
-              lambda: (column(TO_END), state * gates_s[slot, FROM_START, C - 1]),
+              while_both_read,
             )
-            plgpu.barrier_arrive(taken.at[hand])
-            return inside, to_end, kept, from_start, weighted
 
-          across, (inside, to_end, kept, from_start, weighted) = mosaic.product_and(
-            (COLUMNS, C), left(0, narrow), k_s.at[slot].transpose((1, 0)), while_reading
+          def while_both_read():
+            # dV has left from the place of the dO before.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            last = lax.rem(n + stages - 1, jnp.int32(stages))
+            plgpu.barrier_arrive(consumed.at[last], predicate=n > 0)
+            state_s[...] = narrow
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(state_s, after_hbm.at[batch, head, chunk(n), part])
+            to_end = plgpu.load(gates_s.at[slot, TO_END], layout=WGMMA.reduce(0))
+            return to_end, state * gates_s[slot, FROM_START, C - 1]
+
+          across, (inside, (to_end, kept)) = mosaic.product_and(
+            (COLUMNS, C),
+            left(0, narrow),
+            k_s.at[slot].transpose((1, 0)),
+            while_reading,
           )
-          written = (across * along(to_end) + inside).astype(dtype)
+          written = (across * along_columns(to_end, COLUMNS) + inside).astype(dtype)
 
           def share(dv):
-            store_transposed(dv_s, dv.astype(dtype), simulated)
+            dv = dv * along_columns(written_only(gates_s.at[slot], 1.0, 0), COLUMNS)
+            store_transposed(do_s.at[slot], dv.astype(dtype), simulated)
             plgpu.commit_smem()
             rows = pl.ds(chunk(n) * C, C)
-            plgpu.copy_smem_to_gmem(dv_s, dv_hbm.at[batch, rows, head, part])
+            plgpu.copy_smem_to_gmem(do_s.at[slot], dv_hbm.at[batch, rows, head, part])
 
-          state = solve(written, kept, from_start, weighted, slot, share)
-          release(slot)
+          state = solve(written, kept, slot, hand, share)
+          plgpu.barrier_arrive(taken.at[hand])
+          return state
+
+        def steps(m, state):
+          # No branch comes between the start and the end of a product.
+          for hand in range(HANDED):
+            state = step(m * HANDED + hand, hand, state)
           return state
 
         start = plgpu.load(last_hbm.at[batch, head, part], layout=WGMMA, optimized=False)
-        first_hbm[batch, head, part] = lax.fori_loop(0, chunks, step, start)
+        first_hbm[batch, head, part] = lax.fori_loop(0, chunks // HANDED, steps, start)
         plgpu.wait_smem_to_gmem(0)
+        release((chunks - 1) % stages)
 
       def score(wait, release):
         @pl.loop(jnp.int32(0), jnp.int32(chunks))
         def _(n):
           slot, hand = wait(n), lax.rem(n, jnp.int32(HANDED))
+          pl.when(n >= HANDED)(lambda: plgpu.barrier_wait(taken.at[hand]))
+
+          def meanwhile():
+            row = plgpu.load(gates_s.at[slot, FROM_START], layout=WGMMA.reduce(1)) * scale
+            do = plgpu.load(do_s.at[slot], layout=WGMMA).astype(jnp.float32)
+            weighted_s[hand] = (do * along_rows(row, COLUMNS)).astype(dtype)
+            return pairs(gates_s.at[slot], True, scale)
+
           scores, decays = mosaic.product_and(
-            (C, C),
-            q_s.at[slot],
-            k_s.at[slot].transpose((1, 0)),
-            lambda: pairs(gates_s.at[slot], diagonal=True) * scale,
+            (C, C), q_s.at[slot], k_s.at[slot].transpose((1, 0)), meanwhile
           )
           release(slot)
-          pl.when(n >= HANDED)(lambda: plgpu.barrier_wait(taken.at[hand]))
           scores_s[hand] = (scores * decays).astype(dtype)
           plgpu.commit_smem()
           plgpu.barrier_arrive(ready.at[hand])
@@ -171,16 +198,14 @@ def state_gradients(
       mosaic.load_and_read(jnp.int32(chunks), stages, 2, fetch, both, full, consumed, simulated)
 
     tile = lambda *shape: plgpu.SMEM(shape, dtype, transforms=TILED)
+    barriers = lambda n, arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=n)
     pl.run_scoped(
       run,
       tile(stages, C, K), tile(stages, C, K), tile(stages, C, COLUMNS), tile(stages, terms, C, C),
-      tile(HANDED, C, C), tile(COLUMNS, K), tile(C, COLUMNS),
-      tile(5, COLUMNS, K) if simulated else None,
+      tile(HANDED, C, C), tile(HANDED, C, COLUMNS), tile(COLUMNS, K),
+      tile(3, COLUMNS, K) if simulated else None,
       plgpu.SMEM((stages, *gates.shape[3:]), jnp.float32),
-      plgpu.Barrier(num_arrivals=4 + terms, num_barriers=stages),
-      plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-      plgpu.Barrier(num_arrivals=1, num_barriers=HANDED),
-      plgpu.Barrier(num_arrivals=1, num_barriers=HANDED),
+      barriers(stages, 5), barriers(stages, 2), barriers(HANDED, 1), barriers(HANDED, 1),
       collective_axes="thread",
     )  # fmt: skip
 
@@ -189,7 +214,7 @@ def state_gradients(
     kernel,
     out_type=[
       struct(do.shape, dtype), struct((B, H, V, K), jnp.float32),
-      struct((B, H, chunks // EVERY, V, K), dtype),
+      struct((B, H, chunks, V, K), dtype),
     ],
     grid=(V // COLUMNS, H, B),
     grid_names=("block", "head", "batch"),

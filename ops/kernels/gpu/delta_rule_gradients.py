@@ -1,8 +1,7 @@
-"""Gradients of the delta rule's queries, keys, gates and steps, two chunks to a program.
+"""Gradients of the delta rule's queries, keys, gates and steps, one chunk to a program.
 
-The formulas are those of `delta_rule_backward.py`. Memory is what this takes: of two chunks, the
-state before the first is read, and the gradient of the state after the second; what lies between
-them is made again. A warpgroup has 64 columns of K, and shares M and N with the other.
+The formulas are those of `delta_rule_backward.py`. A warpgroup has 64 columns of K, and shares M
+and N with the other.
 """
 
 import functools
@@ -14,24 +13,29 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ops.kernels.gpu import mosaic
-from ops.kernels.gpu.delta_rule_forward import load_transposed
-from ops.kernels.gpu.delta_rule_gates import EVERY, FROM_START, TO_END, pairs
-from ops.kernels.gpu.mosaic import TILED, WGMMA, along_columns, along_rows
+from ops.kernels.gpu.delta_rule_gates import (
+  BETA,
+  FROM_START,
+  TO_END,
+  pairs,
+  sums_from_each_on,
+  written_only,
+)
+from ops.kernels.gpu.mosaic import TILED, WGMMA, along_rows
 from ops.kernels.gpu.scalar_decay import CHUNK
 
 TILE = 64
 
 
 def gradients(q, k, do, dv, written, gates, before, after, scale: float, interpret=None):
-  """dq, dk [B T H K] of each value head, and float32 [B H W 3 T]: db, parts of <S', dS'> that each
-  chunk sums, and V' . dV; W shares are to be added.
+  """dq, dk [B T H K] of each value head, and float32 [B H 2 T]: the gradients of the gates and of
+  beta.
 
   Args:
-    q, k, do, dv: [B T Hq K], [B T H V], T a multiple of two chunks.
+    q, k, do, dv: [B T Hq K], [B T H V], T a multiple of the chunk.
     written: [B H N V C] like `q`, V'.
     gates: float32 [B H N R C], of `delta_rule_gates`.
-    before, after: [B H N/2 V K] like `q`, the states before each pair of chunks, and the gradients
-      of the states after it.
+    before, after: [B H N V K] like `q`, the states before and their gradients after each chunk.
   """
   (B, T, H, V), (Hq, K) = do.shape, q.shape[2:]
   C, dtype, simulated = CHUNK, q.dtype, interpret is not None
@@ -40,188 +44,129 @@ def gradients(q, k, do, dv, written, gates, before, after, scale: float, interpr
   columns = lambda tile: pl.ds(tile * TILE, TILE)
 
   def kernel(q_hbm, k_hbm, do_hbm, dv_hbm, written_hbm, gates_hbm, before_hbm, after_hbm, *outputs):
-    dq_hbm, dk_hbm, sums_out = outputs
-    batch, head, pair = (lax.axis_index(name) for name in ("batch", "head", "pair"))
+    dq_hbm, dk_hbm, sums_hbm = outputs
+    batch, head, chunk = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
     key_head = lax.div(head, jnp.int32(H // Hq))
     w = lax.axis_index("thread")
-    mine = columns(w)
+    rows = pl.ds(chunk * C, C)
 
-    def run(q_s, k_s, value_s, written_s, state_s, m_s, n_s, left_s, gates_s, out_s, *barriers):
-      values_full, keys_full, before_full, after_full, met = barriers
-      # The gradient of the state takes the place of the first chunk's dO and dV.
-      dstate_s = value_s.at[0]
-      rows = lambda c: pl.ds((pair * EVERY + c) * C, C)
-      load = lambda ref: plgpu.load(ref, layout=WGMMA).astype(jnp.float32)
-      total = lambda terms: mosaic.products((C, TILE), terms)
-
-      def left(n, x):
-        """The left operand of a product, in registers; the interpreter wants it in memory."""
-        if not simulated:
-          return x
-        left_s[w, n] = x
-        return left_s.at[w, n]
+    def run(q_s, k_s, value_s, written_s, states_s, m_s, n_s, gates_s, sums_s, *barriers):
+      values_full, keys_full, states_full, met = barriers
+      before_s, after_s = states_s.at[0], states_s.at[1]
+      db_s, linked_s, columns_s, out_s = sums_s
+      load = lambda ref: plgpu.load(ref, layout=WGMMA)
+      wide = lambda x: x.astype(jnp.float32)
+      vector = lambda row: plgpu.load(gates_s.at[row], layout=WGMMA.reduce(1))
+      along = lambda x: along_rows(x, TILE)
+      together = functools.partial(mosaic.sums_together, simulated, (C, TILE))
+      values = range(value_tiles)
 
       def meet(n):
         plgpu.barrier_arrive(met.at[n])
         plgpu.barrier_wait(met.at[n])
 
-      def fetch_states(source, target, barrier):
-        for t in range(value_tiles):
-          for j in range(key_tiles):
-            here = source.at[batch, head, pair, columns(t), columns(j)]
-            plgpu.copy_gmem_to_smem(here, target.at[j, t], barrier)
-
-      def fetch_values(c):
-        for t in range(value_tiles):
+      @pl.when(w == 0)
+      def _():
+        plgpu.copy_gmem_to_smem(gates_hbm.at[batch, head, chunk], gates_s, values_full)
+        for t in values:
           for n, source in enumerate((do_hbm, dv_hbm)):
-            here = source.at[batch, rows(c), head, columns(t)]
-            plgpu.copy_gmem_to_smem(here, value_s.at[c, n, t], values_full.at[c])
-          here = written_hbm.at[batch, head, pair * EVERY + c, columns(t)]
-          plgpu.copy_gmem_to_smem(here, written_s.at[c, t], values_full.at[c])
-        here = gates_hbm.at[batch, head, pair * EVERY + c]
-        plgpu.copy_gmem_to_smem(here, gates_s.at[c], values_full.at[c])
-
-      def fetch_keys(c):
+            here = source.at[batch, rows, head, columns(t)]
+            plgpu.copy_gmem_to_smem(here, value_s.at[n, t], values_full)
+          here = written_hbm.at[batch, head, chunk, columns(t)]
+          plgpu.copy_gmem_to_smem(here, written_s.at[t], values_full)
         for source, target in ((q_hbm, q_s), (k_hbm, k_s)):
           for j in range(key_tiles):
-            here = source.at[batch, rows(c), key_head, columns(j)]
-            plgpu.copy_gmem_to_smem(here, target.at[c, j], keys_full.at[c])
+            here = source.at[batch, rows, key_head, columns(j)]
+            plgpu.copy_gmem_to_smem(here, target.at[j], keys_full)
+        for n, source in enumerate((before_hbm, after_hbm)):
+          for t in values:
+            for j in range(key_tiles):
+              here = source.at[batch, head, chunk, columns(t), columns(j)]
+              plgpu.copy_gmem_to_smem(here, states_s.at[n, j, t], states_full.at[n])
+
+      def weigh(n, factor, target):
+        """factor dO V'^T, or dV V'^T, decayed between the two tokens."""
+        (products,), decays = together(
+          [(None, [(value_s.at[n, t], written_s.at[t]) for t in values])],
+          lambda: pairs(gates_s, n == 0, factor),
+        )
+        target[...] = (products * decays).astype(dtype)
+
+      plgpu.barrier_wait(values_full)
+      for n, factor, target in ((0, scale, m_s), (1, -1.0, n_s)):
+        # Two warpgroups make one each.
+        pl.when((w == n) | (W == 1))(functools.partial(weigh, n, factor, target))
+      plgpu.commit_smem()
+      meet(0)
+
+      plgpu.barrier_wait(keys_full)
+      plgpu.barrier_wait(states_full.at[0])
+      q, k = q_s.at[w], k_s.at[w]
+      across = lambda n: (None, [(value_s.at[n, t], before_s.at[w, t]) for t in values])
+      (dq, dk), from_start = together([across(0), across(1)], lambda: vector(FROM_START))
+      (dq, dk, inner), (q, k) = together(
+        [
+          (dq * along(from_start * scale), [(m_s, k)]),
+          (dk * along(-from_start), [(n_s, k)]),
+          (None, [(m_s.transpose((1, 0)), q), (n_s.transpose((1, 0)), k)]),
+        ],
+        lambda: (wide(load(q)), wide(load(k))),
+      )
+      db = (dq * q + dk * k).sum(1)
+
+      def link():
+        """Shares of <S, dS'> exp(b_C)."""
+        total = jnp.zeros((), jnp.float32)
+        for t in values:
+          total += (wide(load(before_s.at[w, t])) * wide(load(after_s.at[w, t]))).sum(1)
+        return total * gates_s[FROM_START, C - 1]
+
+      plgpu.barrier_wait(states_full.at[1])
+      terms = [(written_s.at[t].transpose((1, 0)), after_s.at[w, t]) for t in values]
+      (outer,), (to_end, linked) = together([(None, terms)], lambda: (vector(TO_END), link()))
+      outer = outer * along(to_end)
+      from_inner, from_outer = (inner * k).sum(1), (outer * k).sum(1)
+      db_s[w] = db - from_inner - from_outer
+      linked_s[w], columns_s[w] = linked + from_outer, from_inner + from_outer
+      written = along(written_only(gates_s, 1.0, 1))
+      q_s[w], k_s[w] = dq.astype(dtype), (dk + (inner + outer) * written).astype(dtype)
+      plgpu.commit_smem()
+      for source, target in ((q_s, dq_hbm), (k_s, dk_hbm)):
+        plgpu.copy_smem_to_gmem(source.at[w], target.at[batch, rows, head, columns(w)])
+      meet(1)
 
       @pl.when(w == 0)
       def _():
-        fetch_values(0)
-        fetch_keys(0)
-        fetch_states(before_hbm, state_s, before_full)
-        fetch_values(1)
-        fetch_keys(1)
-
-      def weigh(c, n, factor, target):
-        """factor dO V'^T, or dV V'^T, decayed between the two tokens."""
-        products = total([(value_s.at[c, n, t], written_s.at[c, t]) for t in range(value_tiles)])
-        factors = pairs(gates_s.at[c], diagonal=n == 0) * factor
-        target[...] = (products * factors).astype(dtype)
-
-      def rows_and_inner_columns(c):
-        """dq, dk without what comes from the state after the chunk, and db so far."""
-        plgpu.barrier_wait(values_full.at[c])
-        for n, factor, target in ((0, scale, m_s), (1, -1.0, n_s)):
-          # Two warpgroups make one each.
-          pl.when((w == n) | (W == 1))(functools.partial(weigh, c, n, factor, target))
-        plgpu.commit_smem()
-        meet(2 * c)
-        plgpu.barrier_wait(keys_full.at[c])
-        if c == 0:
-          plgpu.barrier_wait(before_full)
-        q, k = q_s.at[c, w], k_s.at[c, w]
-        from_start = plgpu.load(gates_s.at[c, FROM_START], layout=WGMMA.reduce(1))
-        across = lambda n: total(
-          [(value_s.at[c, n, t], state_s.at[w, t]) for t in range(value_tiles)]
+        share = lambda ref, axis: sum(
+          plgpu.load(ref.at[n], layout=WGMMA.reduce(axis)) for n in range(W)
         )
-        dq = across(0) * along_rows(from_start * scale, TILE) + total([(m_s, k)])
-        dk = total([(n_s, k)]) - across(1) * along_rows(from_start, TILE)
-        db = (dq * load(q) + dk * load(k)).sum(1)
-        inner = total([(m_s.transpose((1, 0)), q), (n_s.transpose((1, 0)), k)])
-        db -= (inner * load(k)).sum(1)
-        return dq, dk + inner, db
+        out_s[0] = sums_from_each_on(gates_s, share(db_s, 0), share(linked_s, 0))
+        out_s[1] = share(columns_s, 1) / vector(BETA)
+        plgpu.commit_smem()
+        for n in range(2):
+          plgpu.copy_smem_to_gmem(out_s.at[n], sums_hbm.at[batch, head, n, rows])
 
-      def outer_columns(c):
-        """What the keys get from the state after the chunk."""
-        to_end = plgpu.load(gates_s.at[c, TO_END], layout=WGMMA.reduce(1))
-        terms = [
-          (written_s.at[c, t].transpose((1, 0)), dstate_s.at[w, t]) for t in range(value_tiles)
-        ]
-        return total(terms) * along_rows(to_end, TILE)
-
-      def of_written(c):
-        """V' . dV, a share of it."""
-        total = jnp.zeros((), jnp.float32)
-        for t in range(value_tiles):
-          values = load_transposed(written_s.at[c, t], simulated)
-          total += (values * load(value_s.at[c, 1, t])).sum(1)
-        return total * (1 / W)
-
-      def along(row, c):
-        return along_columns(plgpu.load(gates_s.at[c, row], layout=WGMMA.reduce(0)), TILE)
-
-      def accumulate(start, terms):
-        terms = [(left(n, x.astype(dtype)), right) for n, (x, right) in enumerate(terms)]
-        return mosaic.accumulate_and(simulated, start, terms, lambda: None)[0]
-
-      dq, dk_first, db_first = rows_and_inner_columns(0)
-      product_first = of_written(0)
-      # The state between the two chunks; each warpgroup has columns of its own.
-      between = []
-      for t in range(value_tiles):
-        start = load(state_s.at[w, t]) * gates_s[0, FROM_START, C - 1]
-        weighted = load(written_s.at[0, t]) * along(TO_END, 0)
-        between.append(accumulate(start, [(weighted, k_s.at[0, w])]).astype(dtype))
-        state_s[w, t] = between[t]
-      q_s[0, w] = dq.astype(dtype)
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(q_s.at[0, w], dq_hbm.at[batch, rows(0), head, mine])
-      meet(1)
-      pl.when(w == 0)(lambda: fetch_states(after_hbm, dstate_s, after_full))
-
-      dq, dk, db = rows_and_inner_columns(1)
-      plgpu.barrier_wait(after_full)
-      outer = outer_columns(1)
-      constant = (outer * load(k_s.at[1, w])).sum(1)
-      db -= constant
-      for t in range(value_tiles):
-        dstate = load(dstate_s.at[w, t]) * gates_s[1, FROM_START, C - 1]
-        constant += (between[t].astype(jnp.float32) * dstate).sum(1)
-        from_start = along(FROM_START, 1)
-        terms = [
-          (load_transposed(value_s.at[1, 0, t], simulated) * (from_start * scale), q_s.at[1, w]),
-          (-load_transposed(value_s.at[1, 1, t], simulated) * from_start, k_s.at[1, w]),
-        ]
-        dstate_s[w, t] = accumulate(dstate, terms).astype(dtype)
-      for n, x in enumerate((db, constant, of_written(1))):
-        out_s[w, 1, n] = x
-      q_s[1, w] = dq.astype(dtype)
-      k_s[1, w] = (dk + outer).astype(dtype)
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(q_s.at[1, w], dq_hbm.at[batch, rows(1), head, mine])
-      plgpu.copy_smem_to_gmem(k_s.at[1, w], dk_hbm.at[batch, rows(1), head, mine])
-
-      outer = outer_columns(0)
-      db_first -= (outer * load(k_s.at[0, w])).sum(1)
-      constant = jnp.zeros((), jnp.float32)
-      for t in range(value_tiles):
-        constant += (between[t].astype(jnp.float32) * load(dstate_s.at[w, t])).sum(1)
-      for n, x in enumerate((db_first, constant, product_first)):
-        out_s[w, 0, n] = x
-      k_s[0, w] = (dk_first + outer).astype(dtype)
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(k_s.at[0, w], dk_hbm.at[batch, rows(0), head, mine])
-      for c in range(EVERY):
-        for n in range(3):
-          target = sums_out.at[batch, head, w, n, rows(c)]
-          plgpu.copy_smem_to_gmem(out_s.at[w, c, n], target)
       plgpu.wait_smem_to_gmem(0)
 
     tile = lambda *shape: plgpu.SMEM((*shape, TILE, TILE), dtype, transforms=TILED)
-    values, keys, states = 3 * value_tiles + 1, 2 * key_tiles, key_tiles * value_tiles
+    numbers = lambda *shape: plgpu.SMEM((*shape, C), jnp.float32)
+    barrier = lambda arrivals, n=(): plgpu.Barrier(num_arrivals=arrivals, num_barriers=n)
     pl.run_scoped(
       run,
-      tile(EVERY, key_tiles), tile(EVERY, key_tiles), tile(EVERY, 2, value_tiles),
-      tile(EVERY, value_tiles), tile(key_tiles, value_tiles), tile(), tile(),
-      tile(W, 2) if simulated else None,
-      plgpu.SMEM((EVERY, *gates.shape[3:]), jnp.float32),
-      plgpu.SMEM((W, EVERY, 3, C), jnp.float32),
-      plgpu.Barrier(num_arrivals=values, num_barriers=EVERY),
-      plgpu.Barrier(num_arrivals=keys, num_barriers=EVERY),
-      plgpu.Barrier(num_arrivals=states), plgpu.Barrier(num_arrivals=states),
-      plgpu.Barrier(num_arrivals=W, num_barriers=3),
+      tile(key_tiles), tile(key_tiles), tile(2, value_tiles), tile(value_tiles),
+      tile(2, key_tiles, value_tiles), tile(), tile(),
+      numbers(gates.shape[3]), (numbers(W), numbers(W), numbers(W), numbers(2)),
+      barrier(1 + 3 * value_tiles), barrier(2 * key_tiles),
+      barrier(key_tiles * value_tiles, 2), barrier(W, 2),
       collective_axes="thread",
     )  # fmt: skip
 
   keys = jax.ShapeDtypeStruct((B, T, H, K), dtype)
   return plgpu.kernel(
     kernel,
-    out_type=[keys, keys, jax.ShapeDtypeStruct((B, H, W, 3, T), jnp.float32)],
-    grid=(T // (EVERY * C), H, B),
-    grid_names=("pair", "head", "batch"),
+    out_type=[keys, keys, jax.ShapeDtypeStruct((B, H, 2, T), jnp.float32)],
+    grid=(T // C, H, B),
+    grid_names=("chunk", "head", "batch"),
     num_threads=W,
     thread_name="thread",
     interpret=interpret,

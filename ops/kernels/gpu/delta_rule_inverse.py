@@ -15,65 +15,69 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from ops.kernels.gpu import mosaic
-from ops.kernels.gpu.delta_rule_gates import pairs
+from ops.kernels.gpu.delta_rule_gates import BETA, pairs
 from ops.kernels.gpu.mosaic import TILED, WGMMA, along_columns, along_rows
 from ops.kernels.gpu.scalar_decay import CHUNK
 from ops.triangular import unit_lower_inverse
 
+TILE = 64
 STRIDE = CHUNK + 8  # float32 of a row in shared memory: rows that are read together differ in banks
 
 
-def inverses(k, gates, beta, terms: int, interpret=None):
+def inverses(k, gates, terms: int, interpret=None):
   """[B H N terms C C] in the dtype of `k`, whose sum over `terms` is
   (I + diag(beta) P)^-1 diag(beta),  P_ij = k_i . k_j exp(b_i - b_j) for i > j.
 
   Args:
     k: [B T Hq K], T a multiple of the chunk.
     gates: float32 [B H N R C], of `delta_rule_gates`.
-    beta: float32 [B H T], the steps.
   """
   (B, T, Hq, K), H = k.shape, gates.shape[1]
-  C, dtype, simulated = CHUNK, k.dtype, interpret is not None
+  C, dtype, simulated, key_tiles = CHUNK, k.dtype, interpret is not None, K // TILE
 
-  def kernel(k_hbm, gates_hbm, beta_hbm, out_hbm):
+  def kernel(k_hbm, gates_hbm, out_hbm):
     batch, head, chunk = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
     rows = pl.ds(chunk * C, C)
     key_head = lax.div(head, jnp.int32(H // Hq))
 
-    def run(k_s, gates_s, beta_s, matrix_s, out_s, full):
-      plgpu.copy_gmem_to_smem(k_hbm.at[batch, rows, key_head], k_s, full)
+    def run(tiles_s, gates_s, matrix_s, full):
+      for j in range(key_tiles):
+        here = k_hbm.at[batch, rows, key_head, pl.ds(j * TILE, TILE)]
+        plgpu.copy_gmem_to_smem(here, tiles_s.at[j], full)
       plgpu.copy_gmem_to_smem(gates_hbm.at[batch, head, chunk], gates_s, full)
-      plgpu.copy_gmem_to_smem(beta_hbm.at[batch, head, rows], beta_s, full)
       plgpu.barrier_wait(full)
 
       def meanwhile():
-        step = plgpu.load(beta_s, layout=WGMMA.reduce(1))
+        step = plgpu.load(gates_s.at[BETA], layout=WGMMA.reduce(1))
         return pairs(gates_s, diagonal=False) * along_rows(step, C)
 
-      products, factors = mosaic.product_and((C, C), k_s, k_s.transpose((1, 0)), meanwhile)
+      keys = [tiles_s.at[j] for j in range(key_tiles)]
+      products, factors = mosaic.products_and(
+        (C, C), [(x, x.transpose((1, 0))) for x in keys], meanwhile
+      )
       here = matrix_s.at[:, pl.ds(0, C)]
       here[...] = products * factors
       if simulated:
         here[...] = unit_lower_inverse(here[...])
       else:
         _invert(matrix_s)
-      step = plgpu.load(beta_s, layout=WGMMA.reduce(0))
+      step = plgpu.load(gates_s.at[BETA], layout=WGMMA.reduce(0))
       inverse = plgpu.load(here, layout=WGMMA, optimized=False)
       inverse = inverse * along_columns(step, C)
+      # The keys have been read: their place is taken, so that more programs run side by side.
       for term in range(terms):
-        out_s[term] = inverse.astype(dtype)
+        tiles_s[term] = inverse.astype(dtype)
         inverse = inverse - inverse.astype(dtype).astype(jnp.float32)
       plgpu.commit_smem()
       for term in range(terms):
-        plgpu.copy_smem_to_gmem(out_s.at[term], out_hbm.at[batch, head, chunk, term])
+        plgpu.copy_smem_to_gmem(tiles_s.at[term], out_hbm.at[batch, head, chunk, term])
       plgpu.wait_smem_to_gmem(0)
 
-    tile = lambda *shape: plgpu.SMEM(shape, dtype, transforms=TILED)
     pl.run_scoped(
       run,
-      tile(C, K), plgpu.SMEM(gates.shape[3:], jnp.float32), plgpu.SMEM((C,), jnp.float32),
-      plgpu.SMEM((C, STRIDE), jnp.float32), tile(terms, C, C),
-      plgpu.Barrier(num_arrivals=3),
+      plgpu.SMEM((max(terms, key_tiles), C, TILE), dtype, transforms=TILED),
+      plgpu.SMEM(gates.shape[3:], jnp.float32), plgpu.SMEM((C, STRIDE), jnp.float32),
+      plgpu.Barrier(num_arrivals=1 + key_tiles),
     )  # fmt: skip
 
   return plgpu.kernel(
@@ -82,8 +86,8 @@ def inverses(k, gates, beta, terms: int, interpret=None):
     grid=(T // C, H, B),
     grid_names=("chunk", "head", "batch"),
     interpret=interpret,
-    compiler_params=mosaic.PARAMS,
-  )(k, gates, beta)
+    compiler_params=mosaic.BARE,
+  )(k, gates)
 
 
 def _invert(matrix):

@@ -3,6 +3,7 @@
 It needs jax 0.11: import it inside functions only.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -14,6 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 WGMMA = plgpu.Layout.WGMMA
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+# For kernels that order all of a warpgroup's accesses to shared memory themselves.
+BARE = dataclasses.replace(PARAMS, unsafe_no_auto_barriers=True)
 LOADER_REGISTERS = 40
 REGISTERS = 504  # per column of 128 threads, all warpgroups of a multiprocessor together
 
@@ -122,6 +125,28 @@ def accumulate_and(interpret: bool, start, terms, meanwhile: Callable):
   return pl.run_scoped(body, plgpu.ACC(start.shape, jnp.float32))
 
 
+def sums_together(interpret: bool, shape, groups, meanwhile: Callable = lambda: None):
+  """For each group (start or None, [(left, right), ...]) the sum of start and the products, issued
+  together; and what `meanwhile` makes meanwhile."""
+  if interpret:
+    made, results = meanwhile(), []
+    for start, terms in groups:
+      total = sum(product(shape, left, right) for left, right in terms)
+      results.append(total if start is None else start + total)
+    return results, made
+
+  def body(*accumulators):
+    for accumulator, (start, terms) in zip(accumulators, groups):
+      if start is not None:
+        accumulator[...] = start
+      for left, right in terms:
+        plgpu.wgmma(accumulator, left, right)
+    made = meanwhile()
+    return [accumulator[...] for accumulator in accumulators], made
+
+  return pl.run_scoped(body, *[plgpu.ACC(shape, jnp.float32)] * len(groups))
+
+
 def load_and_read(
   steps: jax.Array,
   stages: int,
@@ -131,6 +156,7 @@ def load_and_read(
   full,
   consumed,
   interpret: bool,
+  share_registers: bool = True,
 ):
   """The last warpgroup fetches tiles into a ring of buffers, the others read them.
 
@@ -141,12 +167,13 @@ def load_and_read(
     fetch: `fetch(step, slot)` starts the copies into a buffer, each arriving at `full[slot]`.
     read: `read(wait, release)` is the readers' program; `wait(step)` returns the slot once it is
       full, `release(slot)` hands it back.
+    share_registers: the readers get equally many; otherwise they set their own.
   """
   thread = lax.axis_index("thread")
 
   @pl.when(thread < readers)
   def _():
-    if not interpret and readers > 1:
+    if not interpret and readers > 1 and share_registers:
       budget = (REGISTERS - LOADER_REGISTERS) // readers // 8 * 8
       plgpu.set_max_registers(min(budget, 240), action="increase")
 
