@@ -91,13 +91,12 @@ def walk(
   margin = tokens if simulated or (T % tokens and (reverse or width == D)) else 0
   if margin:
     arrays = [jnp.pad(x, ((0, 0), (margin, margin), (0, 0))) for x in arrays]
-  edges = jnp.stack([carry, first], axis=1)
-  edges = jnp.pad(edges, ((0, 0), (0, 0), (0, -D % width)))
+  row = max(width, 32)  # channels, for copies are of 128 bytes; those beyond `width` are not used
 
   def kernel(*refs):
     refs = iter(refs)
     take = lambda count: [next(refs) for _ in range(count)]
-    inputs, (edges_hbm,), marks_hbm = take(len(arrays)), take(1), take(marked)
+    inputs, edges_hbm, marks_hbm = take(len(arrays)), take(2), take(marked)
     outputs, (final_hbm,) = take(results), take(1)
     batch, block = lax.axis_index("batch"), lax.axis_index("block")
     channels = pl.ds(block * width, width)
@@ -116,8 +115,9 @@ def walk(
           plgpu.copy_gmem_to_smem(marks_hbm[0].at[batch, tile], marks_s.at[slot], full.at[slot])
 
       # Rows: a carry, the state before all tokens, the other carry; tiles take turns.
-      two = pl.ds(0, 2)
-      plgpu.copy_gmem_to_smem(edges_hbm.at[batch, two, channels], edges_s.at[two], ready)
+      for n, edge_hbm in enumerate(edges_hbm):
+        edge = edge_hbm.at[batch, pl.ds(block * width, row)]
+        plgpu.copy_gmem_to_smem(edge, edges_s.at[n], ready)
       for step in range(stages):
         fetch(jnp.int32(step), step)
       plgpu.barrier_wait(ready)
@@ -143,7 +143,8 @@ def walk(
           )
         pl.when(step + stages < tiles)(lambda: fetch(step + stages, slot))
 
-      plgpu.copy_smem_to_gmem(edges_s.at[tiles % 2 * 2], final_hbm.at[batch, channels])
+      last = edges_s.at[tiles % 2 * 2, pl.ds(0, width)]
+      plgpu.copy_smem_to_gmem(last, final_hbm.at[batch, channels])
       plgpu.wait_smem_to_gmem(0)
 
     ring = lambda count, dtype: plgpu.SMEM((count, tokens, width), dtype)
@@ -152,21 +153,21 @@ def walk(
       [ring(stages, x.dtype) for x in arrays],
       plgpu.SMEM((stages, max(tokens, 32)), jnp.int32) if marked else None,
       [ring(2, dtype) for dtype in dtypes],
-      plgpu.SMEM((3, width), jnp.float32),
+      plgpu.SMEM((3, row), jnp.float32),
       plgpu.SMEM((tiling.groups, 2, width), jnp.float32),
       plgpu.Barrier(num_arrivals=len(arrays) + marked, num_barriers=stages),
-      plgpu.Barrier(num_arrivals=1),
+      plgpu.Barrier(num_arrivals=2),
     )  # fmt: skip
 
   *out, final = plgpu.kernel(
     kernel,
     out_type=[jax.ShapeDtypeStruct((B, T + 2 * margin, D), dtype) for dtype in dtypes]
-    + [jax.ShapeDtypeStruct((B, edges.shape[2]), jnp.float32)],
+    + [jax.ShapeDtypeStruct((B, -(-D // width) * width), jnp.float32)],
     grid=(-(-D // width), B),
     grid_names=("block", "batch"),
     interpret=interpret,
     compiler_params=PARAMS,
-  )(*arrays, edges, *([marks] if marked else []))
+  )(*arrays, carry, first, *([marks] if marked else []))
   return [x[:, margin : margin + T] for x in out], final[:, :D]
 
 
