@@ -19,8 +19,8 @@ from ops import dispatch
 from ops.kernels.gpu import heuristics
 from ops.kernels.gpu.scalar_decay import folding_mapped_axes
 
-COLUMNS = 32  # of V per program
-WARPS = 4
+COLUMNS = 32  # of V per program, or
+WIDE = 64  # where that fits in registers
 ROWS = 16  # K is a multiple of it: those that the threads of a program hold at a time
 LARGEST = 256  # K: more would not fit in registers
 
@@ -102,19 +102,20 @@ def plain(state, q, k, v, log_decay, beta, *, scale):
   return scale * contract("bhk,bhkv->bhv", q, state), state
 
 
-def launch(state, q, k, v, log_decay, beta, *, scale, columns=COLUMNS, interpret=None):
+def launch(state, q, k, v, log_decay, beta, *, scale, columns=None, interpret=None):
   """One call of the kernel; arguments as of `step`. Where XLA needs the old state no more, the new
   one takes its memory."""
   from jax.experimental import pallas as pl
   from jax.experimental.pallas import mosaic_gpu as plgpu
 
   (B, H, V), (Hq, K) = v.shape, k.shape[1:]
-  # Each warp has columns of its own, so that no sum goes through shared memory; a thread has 4
-  # neighbouring ones, of every 16th row.
-  lanes = columns // (4 * WARPS)
-  tiles = (32 // lanes, columns), (32 // lanes, columns // WARPS), (4,)
+  columns = columns or (WIDE if K <= 128 and V % WIDE == 0 else COLUMNS)
+  # 4 warps one below the other; a thread has 4 neighbouring columns, of every 16th row of 32, or of
+  # every 8th row of 64.
+  lanes = columns // 4
+  tiles = (4 * 32 // lanes, columns), (32 // lanes, columns), (4,)
   layout = plgpu.Layout.TILED(
-    plgpu.Tiling(tiles), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1
+    plgpu.Tiling(tiles), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
   )
 
   def kernel(state_hbm, q_hbm, k_hbm, v_hbm, log_decay_hbm, beta_hbm, o_hbm):
@@ -145,9 +146,7 @@ def launch(state, q, k, v, log_decay, beta, *, scale, columns=COLUMNS, interpret
     out_type=jax.ShapeDtypeStruct((B, H, V), jnp.float32),
     mesh=plgpu.Mesh(grid=(V // columns, H, B), grid_names=("block", "head", "batch")),
     compiler_params=plgpu.CompilerParams(
-      approx_math=True,
-      lowering_semantics=plgpu.LoweringSemantics.Lane,
-      unsafe_no_auto_barriers=True,  # no thread reads what another writes
+      approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
     ),
     interpret=interpret,
     name="linear_attention_step",

@@ -26,7 +26,7 @@ TOLERANCE = 4e-6  # of a channel's largest number, where one segment ends and th
 PROGRAMS = 2  # of a multiprocessor, at once
 SHORTEST = 64  # tokens of a segment
 FEWEST = 8  # segments: fewer gain nothing
-LEAST = 2048  # tokens: the loop over fewer ends before segments have been fitted together
+LEAST = 4096  # tokens: the loop over fewer ends before segments have been fitted together
 WARM = 64  # tokens from which a start is guessed, at most
 
 
@@ -152,7 +152,7 @@ def _fit(a, b):
 
 def _warm(length):
   """From how many tokens of a segment the start of its neighbour is guessed."""
-  return min(WARM, -(-length // 4))
+  return min(WARM, -(-length // 2))
 
 
 def _fold(x, segments):
