@@ -87,7 +87,7 @@ def walk(
   program = functools.partial(program, tiling=tiling, descending=reverse != backward, marked=marked)
 
   # The copy engine clips tiles that reach beyond the last token, but not where a tile is one piece
-  # of memory, and stumbles over what lies before the first.
+  # of memory, and it does not store from before the first.
   margin = tokens if simulated or (T % tokens and (reverse or width == D)) else 0
   if margin:
     arrays = [jnp.pad(x, ((0, 0), (margin, margin), (0, 0))) for x in arrays]

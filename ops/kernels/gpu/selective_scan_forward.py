@@ -47,7 +47,7 @@ def beyond(T: int, tokens: int, is_whole: bool, reverse: bool, simulated: bool) 
   """Tokens to add before the first and after the last.
 
   The copy engine clips tiles that reach beyond the last token, but not where a tile `is_whole` rows
-  of the array, one piece of memory, and stumbles over what lies before the first.
+  of the array, one piece of memory, and it does not store from before the first.
   """
   return tokens if simulated or (T % tokens and (reverse or is_whole)) else 0
 
