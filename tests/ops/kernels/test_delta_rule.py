@@ -36,9 +36,11 @@ def test_values_and_gradients(starts):
   # Nothing but a document's end may hide what comes before it.
   strong = [] if starts else [-20.0] + [-0.05] * 40 + [-1e4]
   gates = np.resize([-0.05] * 9 + strong, T)[None, :, None]
+  beta = 2 * rng.random((1, T, H))
+  beta[:, ::7] = 0
   inputs = {name: jnp.asarray(x, jnp.bfloat16) for name, x in {"q": q, "k": k, "v": v}.items()} | {
     "log_decay": jnp.asarray(np.broadcast_to(gates, (1, T, H)), jnp.float32),
-    "beta": jnp.asarray(2 * rng.random((1, T, H)), jnp.float32),
+    "beta": jnp.asarray(beta, jnp.float32),
     "initial_state": jnp.asarray(rng.standard_normal((1, H, K, V)), jnp.float32),
   }
 
@@ -51,6 +53,8 @@ def test_values_and_gradients(starts):
   actual = compare.run(kernel, inputs, segment_ids)
   expected = compare.truth(reference.linear_attention, inputs, segment_ids=segment_ids)
   compare.check(actual, expected, "bfloat16")
+  assert not actual["dk"][:, ::7].any()
+  assert not actual["dv"][:, ::7].any()
 
 
 @needs_mosaic
