@@ -32,7 +32,7 @@ TERMS = 2  # bfloat16 numbers for one of float32
 LARGEST = 60.0  # exponent of a weight that is turned over
 
 # What `choices` holds, and the first of its levels.
-UP_TO, FROM_MIDDLE, AFTER, LEVEL = range(4)
+UP_TO, AFTER, FROM_MIDDLE, FROM, ALL, LEVEL = range(6)
 LEVELS = CHUNK.bit_length() - 1
 
 
@@ -40,7 +40,7 @@ def choices() -> jax.Array:
   """bfloat16 [N C C]: matrices that sum over some of the positions j, for each position i."""
   i, j = np.indices((CHUNK, CHUNK))
   right, left = (j <= i) & (j >= CHUNK // 2), (j > i) & (j < CHUNK // 2)
-  tables = [j <= i, 1.0 * right - left, j > i]
+  tables = [j <= i, j > i, 1.0 * right - left, j >= i, j >= 0]
   for half in 2 ** np.arange(LEVELS)[::-1]:
     towards = np.where(i & half, j <= i, j > i)
     tables.append(towards & ((i ^ j) < half))
@@ -52,6 +52,11 @@ def positions():
   return tuple(
     plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=WGMMA) for axis in (0, 1)
   )
+
+
+def load_choice(choices, n) -> jax.Array:
+  """One of `choices` in device memory."""
+  return plgpu.load(choices.at[n], layout=WGMMA, optimized=False)
 
 
 def store_split(x, target):
@@ -78,7 +83,7 @@ def for_each_level(middle, choices, split, spare, decide, left: Callable, body: 
   `pairs(i, j)`, the mask of what their product gives, None for all.
 
   Args:
-    middle: FROM_MIDDLE of `choices`, in shared memory.
+    middle: FROM_MIDDLE of `choices`, as a left operand.
     choices: in device memory, for the levels.
     spare: float32 [C] of shared memory.
     decide: called with exponents in `spare`; the largest of those that one level is to serve.
@@ -92,8 +97,7 @@ def for_each_level(middle, choices, split, spare, decide, left: Callable, body: 
 
   def level(n, carried):
     half = lax.shift_right_logical(jnp.int32(CHUNK // 2), n)
-    choice = plgpu.load(choices.at[LEVEL + n], layout=WGMMA, optimized=False)
-    weights = jnp.exp(sums(left(choice), split))
+    weights = jnp.exp(sums(left(load_choice(choices, LEVEL + n)), split))
 
     def pairs(i, j):
       differ = i ^ j

@@ -13,7 +13,7 @@ With S the state before a chunk, dS' the gradient of the one after it, V' and dV
   dg_t = sum_{i>=t} (q dQ + k (rows - columns))_i + sum_{i<t} (k end)_i + exp(G_C) <S, dS'>
 
 where what stands at the right has no part in dg: a token sees itself without decay. And
-dbeta_i = V'_i . dV_i / beta_i^2. A warpgroup has 32 of K: four hide each other's waits.
+dbeta_i = V'_i . dV_i / beta_i^2. A warpgroup has 64 of K.
 """
 
 import jax
@@ -24,20 +24,23 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ops.kernels.gpu import mosaic
 from ops.kernels.gpu.kda_gates import (
+  AFTER,
+  ALL,
   CHUNK,
+  FROM,
   FROM_MIDDLE,
-  NARROW,
   TERMS,
   TILE,
-  WIDTH,
+  UP_TO,
   choices,
   for_each_level,
   largest,
+  load_choice,
   positions,
   store_split,
   sums,
 )
-from ops.kernels.gpu.mosaic import WGMMA, along_columns, along_rows
+from ops.kernels.gpu.mosaic import TILED, WGMMA, along_columns, along_rows
 from ops.kernels.gpu.vector_decay_gates import Documents
 
 
@@ -56,7 +59,7 @@ def gradients(
   """
   (B, T, H, K), Hq = log_decay.shape, q.shape[2]
   V, C, dtype, simulated = do.shape[-1], CHUNK, q.dtype, interpret is not None
-  W, blocks = K // WIDTH, V // TILE
+  W, blocks = K // TILE, V // TILE
 
   def kernel(q_hbm, k_hbm, g_hbm, do_hbm, dv_hbm, written_hbm, carry_hbm, *rest):
     before_hbm, after_hbm, documents_hbm, choices_hbm, *outputs_hbm = rest
@@ -65,13 +68,12 @@ def gradients(
     rows = pl.ds(chunk * C, C)
     key_head = lax.div(head, jnp.int32(H // Hq))
     w = lax.axis_index("thread")
-    block = lambda n: pl.ds(n * TILE, TILE)
-    mine = pl.ds(w * WIDTH, WIDTH)
+    tile = lambda n: pl.ds(n * TILE, TILE)
 
     def run(*refs):
       q_s, k_s, y_s, do_s, dv_s, written_s, before_s, after_s, m_s, n_s, *refs = refs
-      split_s, middle_s, carry_s, diagonal_s, spare_s, left_s, documents_s, *barriers = refs
-      mine_ready, pairs_ready, states_ready, met = barriers
+      split_s, carry_s, diagonal_s, spare_s, left_s, documents_s, mine, pairs_ready, *refs = refs
+      states_ready, met = refs
 
       def left(x, n=0):
         """The left operand of a product, in registers; the interpreter wants it in memory."""
@@ -84,48 +86,44 @@ def gradients(
       def _():
         for t in range(blocks):
           for source, target in ((do_hbm, do_s), (dv_hbm, dv_s)):
-            here = source.at[batch, rows, head, block(t)]
+            here = source.at[batch, rows, head, tile(t)]
             plgpu.copy_gmem_to_smem(here, target.at[t], pairs_ready)
-          here = written_hbm.at[batch, head, chunk, block(t)]
+          here = written_hbm.at[batch, head, chunk, tile(t)]
           plgpu.copy_gmem_to_smem(here, written_s.at[t], pairs_ready)
-        plgpu.copy_gmem_to_smem(choices_hbm.at[FROM_MIDDLE], middle_s, pairs_ready)
 
       for source, target in ((q_hbm, q_s), (k_hbm, k_s)):
-        here = source.at[batch, rows, key_head, mine]
-        plgpu.copy_gmem_to_smem(here, target.at[w], mine_ready.at[w])
-      plgpu.copy_gmem_to_smem(
-        carry_hbm.at[batch, head, chunk, mine], carry_s.at[w], mine_ready.at[w]
-      )
+        here = source.at[batch, rows, key_head, tile(w)]
+        plgpu.copy_gmem_to_smem(here, target.at[w], mine.at[w])
+      plgpu.copy_gmem_to_smem(carry_hbm.at[batch, head, chunk, tile(w)], carry_s.at[w], mine.at[w])
       if documents is not None:
         here = documents_hbm.at[batch, rows]
-        plgpu.copy_gmem_to_smem(here, documents_s.at[w], mine_ready.at[w])
+        plgpu.copy_gmem_to_smem(here, documents_s.at[w], mine.at[w])
       for source, target in ((before_hbm, before_s), (after_hbm, after_s)):
         for t in range(blocks):
-          here = source.at[batch, head, chunk, block(t), mine]
+          here = source.at[batch, head, chunk, tile(t), tile(w)]
           plgpu.copy_gmem_to_smem(here, target.at[t, w], states_ready.at[w])
 
       wide = lambda x: x.astype(jnp.float32)
-      total = lambda terms: mosaic.products((C, WIDTH), terms)
+      total = lambda terms: mosaic.products((C, TILE), terms)
       i, j = positions()
       split = split_s.at[w]
-      g = plgpu.load(g_hbm.at[batch, rows, head, mine], layout=WGMMA, optimized=False)
+      g = plgpu.load(g_hbm.at[batch, rows, head, tile(w)], layout=WGMMA, optimized=False)
       store_split(g, split)
-      plgpu.barrier_wait(mine_ready.at[w])
+      plgpu.barrier_wait(mine.at[w])
       q, k = (plgpu.load(x.at[w], layout=WGMMA) for x in (q_s, k_s))
       document = None if documents is None else Documents(documents_s.at[w])
       plgpu.barrier_wait(pairs_ready)
 
       def pairs(source, factor, target, diagonal):
         """factor source V'^T, rounded, below the diagonal; on it, float32."""
-        terms = [(source.at[t], written_s.at[t]) for t in range(blocks)]
-        x = mosaic.products((C, C), terms) * factor
+        x = total([(source.at[t], written_s.at[t]) for t in range(blocks)]) * factor
         diagonal[...] = jnp.where(i == j, x, 0).sum(1)
         kept = i > j if document is None else (i > j) & document.pairs()
         target[...] = jnp.where(kept, x, 0).astype(dtype)
 
-      # Two of the warpgroups make one each.
+      # Two warpgroups make one each.
       pl.when(w == 0)(lambda: pairs(do_s, scale, m_s, diagonal_s.at[0]))
-      pl.when(w == 1)(lambda: pairs(dv_s, -1.0, n_s, diagonal_s.at[1]))
+      pl.when(w == W - 1)(lambda: pairs(dv_s, -1.0, n_s, diagonal_s.at[1]))
       plgpu.commit_smem()
       plgpu.barrier_arrive(met)
       plgpu.barrier_wait(met)
@@ -153,26 +151,24 @@ def gradients(
         columns += opposite * total([(m_turned, q_s.at[w]), (n_turned, k_s.at[w])])
         return [dq, dk, columns]
 
-      spare, none = spare_s.at[w], [mosaic.zeros(C, WIDTH)] * 3
+      choice = lambda n: load_choice(choices_hbm, n)
+      middle, spare, none = left(choice(FROM_MIDDLE)), spare_s.at[w], [mosaic.zeros(C, TILE)] * 3
       decide = lambda: largest(spare)
-      dq, dk, columns = for_each_level(
-        middle_s, choices_hbm, split, spare, decide, left, level, none
-      )
+      dq, dk, columns = for_each_level(middle, choices_hbm, split, spare, decide, left, level, none)
       plgpu.barrier_wait(states_ready.at[w])
-      one, zero = jnp.ones((), dtype), jnp.zeros((), dtype)
-      chosen = lambda mask: left(jnp.where(mask, one, zero))
+      factors = lambda n: jnp.exp(sums(left(choice(n)), split))
       read = lambda x: total([(x.at[t], before_s.at[t, w]) for t in range(blocks)])
-      from_start = jnp.exp(sums(chosen(j <= i), split))
+      from_start = factors(UP_TO)
       if document is not None:
         from_start = document.before(from_start)
       dq += read(do_s) * (from_start * scale)
       dk -= read(dv_s) * from_start
       db = wide(q) * dq + wide(k) * (dk - columns)
-      own = along_rows(plgpu.load(diagonal_s.at[0], layout=WGMMA.reduce(1)), WIDTH)
+      own = along_rows(plgpu.load(diagonal_s.at[0], layout=WGMMA.reduce(1)), TILE)
       q_s[w] = (dq + own * wide(k)).astype(dtype)
       dk += columns + own * wide(q)
 
-      end = jnp.exp(sums(chosen(j > i), split))
+      end = factors(AFTER)
       if document is not None:
         end = document.after(end)
       turned = [(written_s.at[t].transpose((1, 0)), after_s.at[t, w]) for t in range(blocks)]
@@ -180,37 +176,37 @@ def gradients(
       k_s[w] = (dk + end).astype(dtype)
       plgpu.commit_smem()
       for source, target in ((q_s, dq_hbm), (k_s, dk_hbm)):
-        plgpu.copy_smem_to_gmem(source.at[w], target.at[batch, rows, head, mine])
+        plgpu.copy_smem_to_gmem(source.at[w], target.at[batch, rows, head, tile(w)])
 
       # All that ends after the chunk, less what begins in it after the token.
       end *= wide(k)
       store_split(db - end, split)
-      later = j >= i if document is None else (j >= i) & document.pairs()
-      dg = sums(chosen(later), split)
+      later = choice(FROM)
+      if document is not None:
+        later = jnp.where(document.pairs(), later, jnp.zeros((), dtype))
+      dg = sums(left(later), split)
       load = lambda x, t: wide(plgpu.load(x.at[t, w], layout=WGMMA))
       carry = plgpu.load(carry_s.at[w], layout=WGMMA.reduce(0))
       kept = sum(load(before_s, t) * load(after_s, t) for t in range(blocks))
-      store_split(kept * along_columns(carry, C) + end, split)
-      constant = sums(chosen(i >= 0), split)
+      store_split(kept * along_columns(carry, TILE) + end, split)
+      constant = sums(left(choice(ALL)), split)
       dg += constant if document is None else document.after(constant)
-      dg_hbm[batch, rows, head, mine] = dg
+      dg_hbm[batch, rows, head, tile(w)] = dg
       pl.when(w == 0)(
         lambda: plgpu.copy_smem_to_gmem(diagonal_s.at[1], product_hbm.at[batch, head, rows])
       )
       plgpu.wait_smem_to_gmem(0)
 
-    memory = lambda *shape: plgpu.SMEM(shape, dtype, transforms=NARROW)
-    tiles = lambda *shape: memory(*shape, TILE, TILE)
-    parts = lambda *shape: memory(*shape, TILE, WIDTH)
-    vectors = lambda *shape: plgpu.SMEM(shape, jnp.float32)
+    tiles = lambda *shape: plgpu.SMEM((*shape, TILE, TILE), dtype, transforms=TILED)
+    vectors = lambda n: plgpu.SMEM((n, TILE), jnp.float32)
     pl.run_scoped(
       run,
-      parts(W), parts(W), parts(W), tiles(blocks), tiles(blocks), tiles(blocks),
-      parts(blocks, W), parts(blocks, W), tiles(), tiles(), parts(W, TERMS), tiles(),
-      vectors(W, WIDTH), vectors(2, C), vectors(W, C), tiles(W, 4) if simulated else None,
-      None if documents is None else vectors(W, C),
+      tiles(W), tiles(W), tiles(W), tiles(blocks), tiles(blocks), tiles(blocks),
+      tiles(blocks, W), tiles(blocks, W), tiles(), tiles(), tiles(W, TERMS),
+      vectors(W), vectors(2), vectors(W), tiles(W, 4) if simulated else None,
+      None if documents is None else vectors(W),
       plgpu.Barrier(num_arrivals=3 if documents is None else 4, num_barriers=W),
-      plgpu.Barrier(num_arrivals=3 * blocks + 1),
+      plgpu.Barrier(num_arrivals=3 * blocks),
       plgpu.Barrier(num_arrivals=2 * blocks, num_barriers=W),
       plgpu.Barrier(num_arrivals=W),
       collective_axes="thread",

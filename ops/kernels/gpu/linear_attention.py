@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ops import dispatch
 from ops.kernels import shards
-from ops.kernels.gpu import decode_step, delta_rule, scalar_decay, vector_decay
+from ops.kernels.gpu import decode_step, delta_rule, kda, scalar_decay, vector_decay
 
 WIDEST = 128  # columns of a state that a kernel has room for
 
@@ -69,6 +69,6 @@ def _kernels(T, beta, by_row: bool):
   """For so many tokens; `by_row` is a decay for each row of the state."""
   if T == 1:
     return decode_step
-  if by_row and beta is None:
-    return vector_decay
+  if by_row:
+    return vector_decay if beta is None else kda
   return scalar_decay if beta is None else delta_rule

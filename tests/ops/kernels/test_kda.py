@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from ops import dispatch, reference
-from ops.kernels.gpu import kda
+from ops.kernels.gpu import kda, linear_attention
 from ops.segments import find_segments
 from tests.ops import compare
 
@@ -100,7 +100,7 @@ def test_lowers_for_a_hopper_gpu():
     return jnp.sum(o.astype(jnp.float32)) + jnp.sum(state)
 
   with jax.sharding.use_abstract_mesh(mesh), dispatch.for_platform("gpu"):
-    assert kda.supports(**arguments, segment_ids=None) is None
+    assert linear_attention.supports(**arguments, segment_ids=None) is None
     assert "one decay per row" in kda.supports(**arguments | dict(beta=None), segment_ids=None)
     lowered = jax.jit(everything).trace(q, q, q, g, beta, state)
     text = lowered.lower(lowering_platforms=("cuda",)).as_text()
