@@ -1,9 +1,14 @@
 """`linear_attention` with the delta rule and one decay per head, or none, on Hopper GPUs.
 
-The kernels are in `delta_rule_forward.py`; gates and their limits are those of `scalar_decay.py`.
+Four kernels: every chunk's system is solved (`delta_rule_inverse.py`), the state goes from chunk to
+chunk and makes the outputs (`delta_rule_forward.py`), its gradient comes back the same way
+(`delta_rule_backward.py`), and every chunk has its gradients (`delta_rule_gradients.py`). Gates and
+their limits are those of `scalar_decay.py`.
+
 Where a key comes again and again with beta = 2, each token reflects the state and nothing is
 forgotten: rounding the inverse of a chunk's system to bfloat16 then costs .4 of the outputs' size.
-It is kept as the sum of two such numbers.
+It is kept as the sum of two such numbers. What it multiplies, and what is written, is rounded once:
+there the state is good to some hundredths of its size.
 """
 
 import functools
