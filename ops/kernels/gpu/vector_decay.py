@@ -1,7 +1,8 @@
 """`linear_attention` with a decay for each row of the state on Hopper GPUs: tilings, gradients.
 
-The kernels are in `vector_decay_forward.py` and `vector_decay_backward.py`. They are imported when
-they run: older versions of jax lack what they use.
+The kernels are in `vector_decay_states.py`, `vector_decay_forward.py` and
+`vector_decay_backward.py`. They are imported when they run: older versions of jax lack what they
+use.
 
 Where B H is less than the GPU has multiprocessors, the sequence is cut in segments: a first kernel
 finds what each adds to the state, all at once, and their states follow one from the other.
@@ -15,7 +16,6 @@ import jax.numpy as jnp
 from ops import dispatch
 from ops.kernels.gpu import heuristics, scalar_decay
 from ops.kernels.gpu.scalar_decay import CHUNK, document_before, folding_mapped_axes
-from ops.segments import where_mask
 
 
 def supports(*, q, log_decay, **arguments) -> dispatch.Reason:
@@ -103,7 +103,7 @@ def forward(
   q, k, v, log_decay, state, document=None, *, scale, tiling=None, save=False, interpret=None
 ):
   """Outputs, the final state, and with `save` the states before every chunk."""
-  from ops.kernels.gpu import vector_decay_forward as kernels
+  from ops.kernels.gpu import vector_decay_forward, vector_decay_states
 
   (B, T, H), K, V = v.shape[:3], q.shape[3], v.shape[3]
   chunks = T // CHUNK
@@ -114,14 +114,14 @@ def forward(
   documents = documents_by_chunk(document)
   starts = [state]
   if segments > 1:
-    added, decays = kernels.boundary_states(
+    added, decays = vector_decay_states.boundary_states(
       k, v, log_decay, documents, per_segment, tiling._replace(segments=segments - 1),
       interpret=interpret,
     )  # fmt: skip
     for i in range(segments - 1):
       starts.append(decays[:, :, i, :, None] * starts[-1] + added[:, :, i])
   starts = jnp.stack(starts, axis=2)
-  return kernels.outputs(
+  return vector_decay_forward.outputs(
     q, k, v, log_decay, documents, starts, scale, per_segment, tiling, save, interpret
   )
 
@@ -133,8 +133,7 @@ def backward(
 
   `tiling` cuts the sequence and says how its parts' gradients of states are found.
   """
-  from ops.kernels.gpu import vector_decay_backward as kernels
-  from ops.kernels.gpu import vector_decay_forward as scans
+  from ops.kernels.gpu import vector_decay_backward, vector_decay_states
 
   (B, T, H), (Hq, K), V = v.shape[:3], q.shape[2:], v.shape[3]
   chunks = T // CHUNK
@@ -145,20 +144,17 @@ def backward(
   documents = documents_by_chunk(document)
   ends = [dstate]
   if segments > 1:
-    added, decays = scans.boundary_states(
+    added, decays = vector_decay_states.boundary_states(
       q, do, log_decay, documents, per_segment, tiling._replace(segments=segments - 1),
       scale=scale, skipped=1, interpret=interpret,
     )  # fmt: skip
     for i in reversed(range(segments - 1)):
       ends.append(decays[:, :, i, :, None] * ends[-1] + added[:, :, i])
   ends = jnp.stack(ends[::-1], axis=2)
-  dq, dk, dv, dg, dstate = kernels.gradients(
+  dq, dk, dv, dg, dstate = vector_decay_backward.gradients(
     q, k, v, do, log_decay, documents, before, ends, scale, per_segment, interpret=interpret
   )
   if Hq != H:
     group = lambda x: x.reshape(B, T, Hq, H // Hq, K).astype(jnp.float32).sum(3).astype(x.dtype)
     dq, dk = group(dq), group(dk)
-  if document is not None:
-    # There is no state to decay where a document starts.
-    dg = where_mask(document == document_before(document, 1), dg)
   return dq, dk, dv, dg, dstate

@@ -1,13 +1,14 @@
-"""Forward kernels of the matrix-state recurrence with one decay per row of the state.
+"""Forward kernel of the matrix-state recurrence with one decay per row of the state.
 
 With b the sums of gates from a chunk's start [C K], up to its last b_C, and S the state before it,
 
   O  = (Q exp(b)) S + A V              A_ij = q_i . k_j exp(b_i - b_j), i >= j
-  S' = exp(b_C) S + (K exp(b_C - b))^T V
+  S' = exp(b_C) (S + (K exp(-b))^T V)
 
-`boundary_states` computes S' alone over segments of many chunks, `outputs` both. A program is one
-segment of one head: some warpgroups that share the columns of V, and of K while gates are made to
-factors, and one that loads. Head h of V goes with head h // (H / Hq) of Q and K.
+and in hard chunks, which decay too much for exp(-b), A as in `vector_decay_levels.py` and S' as in
+`vector_decay_states.py`. A program is one segment of one head: warpgroups share the columns of V,
+and of K while gates are made to factors; the first also loads: a third would take registers from
+them. Head h of V goes with head h // (H / Hq) of Q and K.
 """
 
 import jax
@@ -21,177 +22,20 @@ from ops.kernels.gpu.mosaic import TILED, WGMMA, along_rows
 from ops.kernels.gpu.scalar_decay_forward import Tiling
 from ops.kernels.gpu.vector_decay_gates import (
   CHUNK,
-  LIMIT,
   TILE,
   Documents,
+  accumulate,
   all_products,
-  pair_scores,
+  chunk_by_chunk,
+  is_hard,
   positions,
   store_mask,
   store_terms,
   sums,
-  totals,
+  sums_and_totals,
 )  # fmt: skip
-
-
-def columns(tile):
-  return pl.ds(tile * TILE, TILE)
-
-
-def gate_terms(log_decay) -> int:
-  """bfloat16 numbers whose sum is a gate."""
-  return 1 if log_decay.dtype == jnp.bfloat16 else 2
-
-
-def accumulate(simulated: bool, *terms) -> list[jax.Array]:
-  """`mosaic.accumulate_sums`; the interpreter knows no accumulator with a start."""
-  if simulated:
-    return [start + mosaic.products(start.shape, pairs) for start, pairs in terms]
-  return mosaic.accumulate_sums(*terms)
-
-
-def boundary_states(
-  x, y, log_decay, documents, per_segment: int, tiling: Tiling, *,
-  scale: float | None = None, skipped: int = 0, interpret=None,
-):  # fmt: skip
-  """States carried over segments of chunks, or with a `scale` their gradients, from the right.
-
-    S <- exp(b_C) S + (X exp(b_C - b))^T Y          dS <- exp(b_C) dS + scale (X exp(b))^T Y
-
-  Args:
-    x, y: [B T Hq K], [B T H V], T a multiple of the chunk.
-    log_decay: [B T H K], bfloat16 or float32.
-    documents: float32 [B T], starts of documents since the chunk's start, or None.
-    per_segment: chunks of a segment.
-    scale: None goes from the left to the right.
-    skipped: segments at the left that are left out.
-
-  Returns:
-    float32 [B H S K V], the state where each segment ends, and [B H S K], what is left there of the
-    one where it starts.
-  """
-  (B, T, Hq, K), (H, V) = x.shape, y.shape[2:]
-  C, W, tiles = CHUNK, tiling.block_v // TILE, K // TILE
-  share, terms, dtype = tiles // W, gate_terms(log_decay), x.dtype
-  chunks, simulated, reverse = T // C, interpret is not None, scale is not None
-  stages = min(tiling.stages, per_segment)
-
-  def kernel(x_hbm, y_hbm, g_hbm, documents_hbm, ends_hbm, decays_hbm):
-    batch, head = lax.axis_index("batch"), lax.axis_index("head")
-    shared, segment = lax.div(head, jnp.int32(H // Hq)), lax.axis_index("segment")
-    first = (segment + skipped) * per_segment
-    steps = jnp.minimum(jnp.int32(per_segment), chunks - first)
-    part = lambda w: pl.ds(lax.axis_index("block") * tiling.block_v + w * TILE, TILE)
-    chunk = lambda n: first + (steps - 1 - n if reverse else n)
-    rows = lambda n: pl.ds(chunk(n) * C, C)
-
-    def run(x_s, y_s, terms_s, masks_s, totals_s, documents_s, decays_s, full, consumed, met):
-      def fetch(n, slot):
-        for tile in range(tiles):
-          here = x_hbm.at[batch, rows(n), shared, columns(tile)]
-          plgpu.copy_gmem_to_smem(here, x_s.at[slot, tile], full.at[slot])
-        for w in range(W):
-          here = y_hbm.at[batch, rows(n), head, part(w)]
-          plgpu.copy_gmem_to_smem(here, y_s.at[slot, w], full.at[slot])
-        if documents is not None:
-          here = documents_hbm.at[batch, rows(n)]
-          plgpu.copy_gmem_to_smem(here, documents_s.at[slot], full.at[slot])
-
-      def read(wait, release):
-        w = lax.axis_index("thread")
-        mine = [w * share + s for s in range(share)]
-        i, j = positions()
-        store_mask(masks_s.at[w, 0], i <= j)
-        store_mask(masks_s.at[w, 1], (i >= j) if reverse else (i < j))
-        # Gates go straight to registers, a chunk ahead.
-        load_gates = lambda n: [
-          plgpu.load(g_hbm.at[batch, rows(n), head, columns(t)], layout=WGMMA, optimized=False)
-          for t in mine
-        ]
-        of = lambda tile: [terms_s.at[term, tile] for term in range(terms)]
-
-        def step(n, carried):
-          states, decays, gates = carried
-          parity = lax.rem(n, jnp.int32(2))
-          for tile, gate in zip(mine, gates):
-            store_terms(gate.astype(jnp.float32), of(tile))
-          plgpu.commit_smem()
-          gates = load_gates(jnp.minimum(n + 1, steps - 1))
-          slot = wait(n)
-          for tile in mine:
-            factor = jnp.exp(sums(masks_s.at[w, 1], of(tile)))
-            if documents is not None:
-              document = Documents(documents_s.at[slot])
-              factor = document.before(factor) if reverse else document.after(factor)
-            values = plgpu.load(x_s.at[slot, tile], layout=WGMMA).astype(jnp.float32)
-            x_s[slot, tile] = (values * (factor * scale if reverse else factor)).astype(dtype)
-            totals_s[parity, columns(tile)] = totals(masks_s.at[w, 0], of(tile))
-          plgpu.commit_smem()
-          plgpu.barrier_arrive(met)
-          plgpu.barrier_wait(met)
-          left = [
-            jnp.exp(plgpu.load(totals_s.at[parity, columns(t)], layout=WGMMA.reduce(1)))
-            for t in range(tiles)
-          ]
-          if documents is not None:
-            whole = Documents(documents_s.at[slot]).last == 0.0
-            left = [jnp.where(whole, x, 0.0) for x in left]
-          states = accumulate(
-            simulated,
-            *(
-              (
-                states[t] * along_rows(left[t], TILE),
-                [(x_s.at[slot, t].transpose((1, 0)), y_s.at[slot, w])],
-              )
-              for t in range(tiles)
-            ),
-          )
-          release(slot)
-          return states, [a * b for a, b in zip(decays, left)], gates
-
-        states = [mosaic.zeros(TILE, TILE) for _ in range(tiles)]
-        ones = plgpu.layout_cast(jnp.ones((TILE,), jnp.float32), WGMMA.reduce(1))
-        carried = states, [ones] * tiles, load_gates(jnp.int32(0))
-        states, decays, _ = lax.fori_loop(0, steps, step, carried)
-        for tile in range(tiles):
-          ends_hbm[batch, head, segment, columns(tile), part(w)] = states[tile]
-          decays_s[w, columns(tile)] = decays[tile]
-        plgpu.commit_smem()
-
-        @pl.when(w == 0)
-        def _():
-          plgpu.copy_smem_to_gmem(decays_s.at[w], decays_hbm.at[batch, head, segment])
-
-        plgpu.wait_smem_to_gmem(0)
-
-      mosaic.load_and_read(steps, stages, W, fetch, read, full, consumed, simulated)
-
-    tile = lambda *shape: plgpu.SMEM((*shape, TILE, TILE), dtype, transforms=TILED)
-    vectors = lambda *shape: plgpu.SMEM(shape, jnp.float32)
-    copies = tiles + W + (documents is not None)
-    pl.run_scoped(
-      run,
-      tile(stages, tiles), tile(stages, W), tile(terms, tiles), tile(W, 2),
-      vectors(2, K), None if documents is None else vectors(stages, C),
-      vectors(W, K),
-      plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-      plgpu.Barrier(num_arrivals=W, num_barriers=stages),
-      plgpu.Barrier(num_arrivals=W),
-      collective_axes="thread",
-    )  # fmt: skip
-
-  struct = jax.ShapeDtypeStruct
-  S = tiling.segments
-  return plgpu.kernel(
-    kernel,
-    out_type=[struct((B, H, S, K, V), jnp.float32), struct((B, H, S, K), jnp.float32)],
-    grid=(V // tiling.block_v, S, H, B),
-    grid_names=("block", "segment", "head", "batch"),
-    num_threads=W + 1,
-    thread_name="thread",
-    interpret=interpret,
-    compiler_params=mosaic.PARAMS,
-  )(x, y, log_decay, documents)
+from ops.kernels.gpu.vector_decay_levels import pair_scores
+from ops.kernels.gpu.vector_decay_states import columns, gate_terms
 
 
 def outputs(
@@ -213,7 +57,9 @@ def outputs(
   chunks, simulated = T // C, interpret is not None
   stages = min(tiling.stages, per_segment)
 
-  def kernel(q_hbm, k_hbm, v_hbm, g_hbm, documents_hbm, before_hbm, o_hbm, final_hbm, *saved_hbm):
+  def kernel(
+    q_hbm, k_hbm, v_hbm, g_hbm, documents_hbm, before_hbm, o_hbm, final_hbm, spare_hbm, *saved_hbm
+  ):
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
     shared, segment = lax.div(head, jnp.int32(H // Hq)), lax.axis_index("segment")
     first = segment * per_segment
@@ -222,170 +68,189 @@ def outputs(
     rows = lambda n: pl.ds((first + n) * C, C)
 
     def run(
-      q_s, k_s, v_s, terms_s, masks_s, totals_s, documents_s, spare_s, o_s, scores_s,
-      full, consumed, met,
+      q_s, k_s, v_s, terms_s, lower, totals_s, documents_s, spare_s, o_s, scores_s,
+      full, met,
     ):  # fmt: skip
-      def fetch(n, slot):
+      w = lax.axis_index("thread")
+      slot_of = lambda n: lax.rem(n, jnp.int32(stages))
+
+      def fetch(n):
+        slot = slot_of(n)
         for source, target in ((q_hbm, q_s), (k_hbm, k_s)):
           for tile in range(tiles):
             here = source.at[batch, rows(n), shared, columns(tile)]
             plgpu.copy_gmem_to_smem(here, target.at[slot, tile], full.at[slot])
-        for w in range(W):
-          here = v_hbm.at[batch, rows(n), head, part(w)]
-          plgpu.copy_gmem_to_smem(here, v_s.at[slot, w], full.at[slot])
+        for block in range(W):
+          here = v_hbm.at[batch, rows(n), head, part(block)]
+          plgpu.copy_gmem_to_smem(here, v_s.at[slot, block], full.at[slot])
         if documents is not None:
           here = documents_hbm.at[batch, rows(n)]
           plgpu.copy_gmem_to_smem(here, documents_s.at[slot], full.at[slot])
 
       def meet():
+        plgpu.commit_smem()
         plgpu.barrier_arrive(met)
         plgpu.barrier_wait(met)
 
-      def read(wait, release):
-        w = lax.axis_index("thread")
-        mine = [w * share + s for s in range(share)]
-        lower, upper = masks_s.at[w, 0], masks_s.at[w, 1]
+      mine = [w * share + s for s in range(share)]
+      load = lambda ref: plgpu.load(ref, layout=WGMMA).astype(jnp.float32)
+
+      @pl.when(w == 0)
+      def _():
         i, j = positions()
         store_mask(lower, i >= j)
-        store_mask(upper, i <= j)
-        # Gates go straight to registers, a chunk ahead.
-        load_gates = lambda n: [
-          plgpu.load(g_hbm.at[batch, rows(n), head, columns(t)], layout=WGMMA, optimized=False)
-          for t in mine
-        ]
-        of = lambda tile: [terms_s.at[term, tile] for term in range(terms)]
+        for n in range(stages):
+          pl.when(n < steps)(lambda n=n: fetch(jnp.int32(n)))
 
-        def step(n, carried):
-          states, gates = carried
-          parity = lax.rem(n, jnp.int32(2))
-          for tile, gate in zip(mine, gates):
-            store_terms(gate.astype(jnp.float32), of(tile))
-          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      meet()
+      # Gates go straight to registers, a chunk ahead.
+      load_gates = lambda n: [
+        plgpu.load(g_hbm.at[batch, rows(n), head, columns(t)], layout=WGMMA, optimized=False)
+        for t in mine
+      ]
+      of = lambda tile: [terms_s.at[term, tile] for term in range(terms)]
+      here = lambda tile: (batch, head, segment, columns(tile), part(w))
+
+      def documents_of(slot):
+        return None if documents is None else Documents(documents_s.at[slot])
+
+      def prepare(n, gates):
+        """Whether the chunk is hard, once its gates are in shared memory."""
+        parity = lax.rem(n, jnp.int32(2))
+        for tile, gate in zip(mine, gates):
+          store_terms(gate.astype(jnp.float32), of(tile))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.commit_smem()
+        terms_of_mine = [of(tile) for tile in mine]
+        exponents, whole = sums_and_totals(lower, lower.transpose((1, 0)), terms_of_mine, simulated)
+        for tile, total in zip(mine, whole):
+          totals_s[parity, columns(tile)] = total
+        plgpu.barrier_wait(full.at[slot_of(n)])
+        meet()
+        ahead = n + stages - 1  # takes the place of the chunk before, which nobody reads any more
+        pl.when((w == 0) & (n > 0) & (ahead < steps))(lambda: fetch(ahead))
+        return *is_hard(totals_s.at[parity], documents_of(slot_of(n))), exponents
+
+      def scale_tiles(slot, tile, from_start, to_end):
+        for source, factor in ((q_s, from_start), (k_s, to_end)):
+          source[slot, tile] = (load(source.at[slot, tile]) * factor).astype(dtype)
+
+      def step(n, states, exponents, zero):
+        """The state after a chunk, and gates of the next one."""
+        slot, parity = slot_of(n), lax.rem(n, jnp.int32(2))
+        queries, keys, values = q_s.at[slot], k_s.at[slot], v_s.at[slot, w]
+        gates = load_gates(jnp.minimum(n + 1, steps - 1))
+        document, hard = documents_of(slot), zero is not None
+        if hard:
+          for tile in range(tiles):
+            spare_hbm[here(tile)] = states[tile]
+          spare = o_s.at[w]
+          scores = pair_scores(
+            queries, keys, of, mine, spare, spare_s.at[0], spare_s.at[1], meet, zero
+          )
+          i, j = positions(zero)
+          store_mask(spare, i < j)
           plgpu.commit_smem()
-          gates = load_gates(jnp.minimum(n + 1, steps - 1))
           for tile in mine:
-            totals_s[parity, columns(tile)] = totals(upper, of(tile))
-          slot = wait(n)
-          plgpu.commit_smem()
+            from_start = jnp.exp(sums(lower, of(tile)))
+            to_end = jnp.exp(sums(spare, of(tile)))
+            if documents is not None:
+              from_start, to_end = document.before(from_start), document.after(to_end)
+            scale_tiles(slot, tile, from_start, to_end)
           meet()
-          queries, keys, values = q_s.at[slot], k_s.at[slot], v_s.at[slot, w]
-          least = jnp.min(plgpu.load(totals_s.at[parity], layout=WGMMA.reduce(0)))
-          hard = least < LIMIT
-          document = None if documents is None else Documents(documents_s.at[slot])
           if documents is not None:
-            hard = hard | (document.last != 0.0)
-
-          def scale_tiles(tile, from_start, to_end):
-            for source, factor in ((queries, from_start), (keys, to_end)):
-              x = plgpu.load(source.at[tile], layout=WGMMA).astype(jnp.float32)
-              source[tile] = (x * factor).astype(dtype)
-
-          def easily(_):
-            for tile in mine:
-              exponent = sums(lower, of(tile))
-              scale_tiles(tile, jnp.exp(exponent), jnp.exp(-exponent))
-            plgpu.commit_smem()
-            meet()
-            return jnp.where(i >= j, all_products(queries, keys), 0.0)
-
-          def hardly(_):
-            spare = o_s.at[w]
-            scores = pair_scores(queries, keys, of, mine, spare, spare_s.at[0], spare_s.at[1], meet)
-            store_mask(spare, i < j)
-            plgpu.commit_smem()
-            for tile in mine:
-              from_start = jnp.exp(sums(lower, of(tile)))
-              to_end = jnp.exp(sums(spare, of(tile)))
-              if documents is not None:
-                from_start, to_end = document.before(from_start), document.after(to_end)
-              scale_tiles(tile, from_start, to_end)
-            plgpu.commit_smem()
-            meet()
-            return scores if documents is None else jnp.where(document.pairs(), scores, 0.0)
-
-          scores = lax.cond(hard, hardly, easily, 0).astype(dtype)
-          if simulated:
-            scores_s[w] = scores
-            scores = scores_s.at[w]
+            scores = jnp.where(document.pairs(), scores, 0.0)
+          states = [
+            plgpu.load(spare_hbm.at[here(t)], layout=WGMMA, optimized=False) for t in range(tiles)
+          ]
           for tile in range(tiles):
             spare_s[w, tile] = states[tile].astype(dtype)
-          left = [
-            jnp.exp(plgpu.load(totals_s.at[parity, columns(t)], layout=WGMMA.reduce(1)))
-            for t in range(tiles)
-          ]
-          first_left = [jnp.where(hard, x, 1.0) for x in left]
-          if documents is not None:
-            first_left = [jnp.where(document.last == 0.0, x, 0.0) for x in first_left]
-          plgpu.commit_smem()
-          if save:
-            for tile in range(tiles):
-              here = saved_hbm[0].at[batch, head, first + n, columns(tile), part(w)]
-              plgpu.copy_smem_to_gmem(spare_s.at[w, tile], here)
-          out, *states = accumulate(
-            simulated,
-            (
-              mosaic.zeros(C, TILE),
-              [(queries.at[t], spare_s.at[w, t]) for t in range(tiles)] + [(scores, values)],
-            ),
-            *(
-              (
-                states[t] * along_rows(first_left[t], TILE),
-                [(keys.at[t].transpose((1, 0)), values)],
-              )
-              for t in range(tiles)
-            ),
-          )
-          release(slot)
-          states = [
-            state * along_rows(jnp.where(hard, 1.0, x), TILE) for state, x in zip(states, left)
-          ]
-          o_s[w] = (out * scale).astype(dtype)
-          plgpu.commit_smem()
-          plgpu.copy_smem_to_gmem(o_s.at[w], o_hbm.at[batch, rows(n), head, part(w)])
-          return states, gates
-
-        start = [
-          plgpu.load(
-            before_hbm.at[batch, head, segment, columns(t), part(w)],
-            layout=WGMMA,
-            optimized=False,
-          )
+        else:
+          for tile in range(tiles):
+            spare_s[w, tile] = states[tile].astype(dtype)
+          for tile, exponent in zip(mine, exponents):
+            scale_tiles(slot, tile, jnp.exp(exponent), jnp.exp(-exponent))
+          meet()
+          scores = jnp.where(load(lower) > 0.0, all_products(queries, keys), 0.0)
+        scores = scores.astype(dtype)
+        if simulated:
+          scores_s[w] = scores
+          scores = scores_s.at[w]
+        left = [
+          jnp.exp(plgpu.load(totals_s.at[parity, columns(t)], layout=WGMMA.reduce(1)))
           for t in range(tiles)
         ]
-        states, _ = lax.fori_loop(0, steps, step, (start, load_gates(jnp.int32(0))))
-
-        @pl.when(segment == tiling.segments - 1)
-        def _():
+        plgpu.commit_smem()
+        if save:
           for tile in range(tiles):
-            final_hbm[batch, head, columns(tile), part(w)] = states[tile]
+            there = saved_hbm[0].at[batch, head, first + n, columns(tile), part(w)]
+            plgpu.copy_smem_to_gmem(spare_s.at[w, tile], there)
+        if hard:
+          # Keys are relative to the chunk's end, otherwise to its start.
+          kept = left
+          if documents is not None:
+            kept = [jnp.where(document.last == 0.0, x, 0.0) for x in left]
+          states = [x * along_rows(y, TILE) for x, y in zip(states, kept)]
+        out, *states = accumulate(
+          simulated,
+          (
+            mosaic.zeros(C, TILE),
+            [(queries.at[t], spare_s.at[w, t]) for t in range(tiles)] + [(scores, values)],
+          ),
+          *((states[t], [(keys.at[t].transpose((1, 0)), values)]) for t in range(tiles)),
+        )
+        if not hard:
+          states = [x * along_rows(y, TILE) for x, y in zip(states, left)]
+        o_s[w] = (out * scale).astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(o_s.at[w], o_hbm.at[batch, rows(n), head, part(w)])
+        return states, gates
 
-        plgpu.wait_smem_to_gmem(0)
+      start = [
+        plgpu.load(
+          before_hbm.at[batch, head, segment, columns(t), part(w)],
+          layout=WGMMA,
+          optimized=False,
+        )
+        for t in range(tiles)
+      ]
+      states = chunk_by_chunk(steps, prepare, step, start, load_gates(jnp.int32(0)))
 
-      mosaic.load_and_read(steps, stages, W, fetch, read, full, consumed, simulated)
+      @pl.when(segment == tiling.segments - 1)
+      def _():
+        for tile in range(tiles):
+          final_hbm[batch, head, columns(tile), part(w)] = states[tile]
+
+      plgpu.wait_smem_to_gmem(0)
 
     tile = lambda *shape: plgpu.SMEM((*shape, TILE, TILE), dtype, transforms=TILED)
     vectors = lambda *shape: plgpu.SMEM(shape, jnp.float32)
     copies = 2 * tiles + W + (documents is not None)
     pl.run_scoped(
       run,
-      tile(stages, tiles), tile(stages, tiles), tile(stages, W), tile(terms, tiles), tile(W, 2),
+      tile(stages, tiles), tile(stages, tiles), tile(stages, W), tile(terms, tiles), tile(),
       vectors(2, K), None if documents is None else vectors(stages, C),
       tile(2, tiles), tile(W), tile(W) if simulated else None,
       plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-      plgpu.Barrier(num_arrivals=W, num_barriers=stages),
       plgpu.Barrier(num_arrivals=W),
       collective_axes="thread",
     )  # fmt: skip
 
   struct = jax.ShapeDtypeStruct
   saved = [struct((B, H, chunks, K, V), dtype)] if save else []
-  return plgpu.kernel(
+  o, final, _, *saved = plgpu.kernel(
     kernel,
-    out_type=[struct(v.shape, v.dtype), struct((B, H, K, V), jnp.float32), *saved],
+    out_type=[
+      struct(v.shape, v.dtype),
+      struct((B, H, K, V), jnp.float32),
+      struct((B, H, tiling.segments, K, V), jnp.float32),
+      *saved,
+    ],
     grid=(V // tiling.block_v, tiling.segments, H, B),
     grid_names=("block", "segment", "head", "batch"),
-    num_threads=W + 1,
+    num_threads=W,
     thread_name="thread",
     interpret=interpret,
     compiler_params=mosaic.PARAMS,
   )(q, k, v, log_decay, documents, states)
+  return [o, final, *saved]

@@ -1,4 +1,4 @@
-"""Gates of the vector decay inside the kernels: sums between tokens, and scores of decayed pairs.
+"""Gates of the vector decay inside the kernels: sums between tokens, and which chunks are hard.
 
 A sum of gates between two tokens is a row of zeros and ones times the gates: a product for the
 tensor cores, with the gates as a sum of bfloat16 terms. Most chunks decay so little that all is
@@ -6,9 +6,8 @@ relative to their start,
 
   q_i . k_j exp(g_j+1 + .. + g_i) = (q_i exp(b_i)) . (k_j exp(-b_j))          b sums from the start
 
-with factors up to exp(-LIMIT). The others are cut in halves, again and again: a pair meets at the
-level where it falls in different halves, and both of its factors are relative to the middle, so
-that every exponent is a sum of gates between, none positive, however strong they are.
+with factors up to exp(-LIMIT). The others, and those where a document starts, are hard:
+`vector_decay_levels.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +23,6 @@ from ops.kernels.gpu.mosaic import WGMMA, along_columns, along_rows
 CHUNK = 64  # tokens: the rows of one wgmma
 TILE = 64  # columns; every tile is 64 by 64
 LIMIT = -70.0  # the sum of a chunk's gates from which on factors exp(-sum) might overflow
-LEVELS = 7  # of halves: none, pairs of one, ... and halves of 32
 
 
 def positions(zero: int | jax.Array = 0) -> tuple[jax.Array, jax.Array]:
@@ -55,11 +53,26 @@ def sums(mask, terms: Sequence) -> jax.Array:
   return mosaic.products((CHUNK, TILE), [(mask, term) for term in terms])
 
 
-def totals(upper, terms: Sequence) -> jax.Array:
-  """[d] the gates of channel d, summed; `upper` has ones on and above the diagonal."""
-  turned = [(term.transpose((1, 0)), upper) for term in terms]
+def sums_and_totals(mask, upper, tiles: Sequence, simulated: bool):
+  """For each of some tiles, given as their terms, `sums`, and [d] those over all tokens.
+
+  `upper` has ones on and above the diagonal.
+  """
+  groups = []
+  for terms in tiles:
+    groups.append((mosaic.zeros(CHUNK, TILE), [(mask, term) for term in terms]))
+    turned = [(term.transpose((1, 0)), upper) for term in terms]
+    groups.append((mosaic.zeros(TILE, CHUNK), turned))
+  found = accumulate(simulated, *groups)
   # Sums do not increase.
-  return mosaic.products((TILE, CHUNK), turned).min(1)
+  return found[::2], [x.min(1) for x in found[1::2]]
+
+
+def accumulate(simulated: bool, *terms) -> list[jax.Array]:
+  """`mosaic.accumulate_sums`; the interpreter knows no accumulator with a start."""
+  if simulated:
+    return [start + mosaic.products(start.shape, pairs) for start, pairs in terms]
+  return mosaic.accumulate_sums(*terms)
 
 
 class Documents:
@@ -80,9 +93,9 @@ class Documents:
     columns = plgpu.load(self.ref, layout=WGMMA.reduce(0))
     return along_rows(self.rows(), CHUNK) == along_columns(columns, CHUNK)
 
-  def goes_on(self) -> jax.Array:
-    """[i] 0 where a document starts, else 1."""
-    i, j = positions()
+  def goes_on(self, zero: jax.Array) -> jax.Array:
+    """[i] 0 where a document starts, else 1; `zero` as in `positions`."""
+    i, j = positions(zero)
     earlier = jnp.where(self.pairs() & (i > j), 1.0, 0.0).sum(1)
     return jnp.where((earlier == 0.0) & (self.rows() != 0.0), 0.0, 1.0)
 
@@ -95,49 +108,59 @@ class Documents:
     return jnp.where(along_rows(self.rows(), x.shape[1]) == self.last, x, 0.0)
 
 
-def level_masks(level: jax.Array, zero: int | jax.Array = 0) -> tuple[jax.Array, jax.Array]:
-  """Of a level: [i j] which tokens are between i and the middle, and which pairs meet there."""
-  i, j = positions(zero)
-  half = (jnp.int32(1) << level) >> 1
-  whole = jnp.maximum(2 * half, 1)
-  middle = (i & -whole) + jnp.maximum(half - 1, 0)
-  between = (jnp.minimum(i, middle) < j) & (j <= jnp.maximum(i, middle))
-  apart = i ^ j
-  return between, (apart >= half) & (apart < whole) & (i >= j)
-
-
-def pair_scores(q, k, terms: Callable, mine: Sequence, mask, q_s, k_s, meet: Callable) -> jax.Array:
-  """q_i . k_j exp(g_j+1 + .. + g_i) for i >= j, else 0, for gates of any strength.
-
-  Args:
-    q, k: a tile for each 64 channels.
-    terms: `terms(tile)` is the gates' terms.
-    mine: the tiles that this warpgroup scales.
-    mask: a tile of this warpgroup's own.
-    q_s, k_s: spare tiles, as many as those of q, for all warpgroups.
-    meet: waits until all warpgroups are there.
-  """
-
-  def step(level, scores):
-    between, pairs = level_masks(level)
-    store_mask(mask, between)
-    plgpu.commit_smem()
-    for tile in mine:
-      decay = jnp.exp(sums(mask, terms(tile)))
-      for source, target in ((q, q_s), (k, k_s)):
-        x = plgpu.load(source.at[tile], layout=WGMMA).astype(jnp.float32)
-        target[tile] = (x * decay).astype(target.dtype)
-    plgpu.commit_smem()
-    meet()
-    products = all_products(q_s, k_s)
-    meet()
-    return scores + jnp.where(pairs, products, 0.0)
-
-  return lax.fori_loop(jnp.int32(0), jnp.int32(LEVELS), step, mosaic.zeros(CHUNK, CHUNK))
-
-
 def all_products(left, right) -> jax.Array:
   """left right^T over all tiles of channels."""
   tiles = range(left.shape[0])
   pairs = [(left.at[tile], right.at[tile].transpose((1, 0))) for tile in tiles]
   return mosaic.products((CHUNK, CHUNK), pairs)
+
+
+def chunk_by_chunk(steps: jax.Array, prepare: Callable, step: Callable, states, gates):
+  """The states after all steps.
+
+  Chunks that are not hard have a loop of their own, which does not have to spare registers for the
+  others.
+
+  Args:
+    steps: how many chunks there are, int32.
+    prepare: `prepare(n, gates)` is whether the n-th chunk is hard, a `zero` for `positions`, and
+      sums of the gates from the chunk's start.
+    step: `step(n, states, sums, zero)` is the states after the chunk and the gates of the next one;
+      for a hard chunk `sums` is None, for others `zero` is.
+  """
+
+  def next_easy(carried):
+    n, _, zero, states, gates = carried
+    hard, zero, sums = prepare(n, gates)
+    hard = hard.astype(jnp.int32)
+    states, gates = lax.cond(
+      hard == 0, lambda sums, states, _: step(n, states, sums, None),
+      lambda sums, *carried: carried, sums, states, gates,
+    )  # fmt: skip
+    return n + 1 - hard, hard, zero, states, gates
+
+  def up_to_hard(carried):
+    n, hard, zero, states, gates = lax.while_loop(
+      lambda carried: (carried[0] < steps) & (carried[1] == 0), next_easy, carried
+    )
+    states, gates = lax.cond(
+      hard == 1,
+      lambda states, _: step(n, states, None, zero),
+      lambda *carried: carried,
+      states,
+      gates,
+    )
+    return n + hard, jnp.int32(0), zero, states, gates
+
+  zero = jnp.int32(0)
+  carried = zero, zero, zero, states, gates
+  return lax.while_loop(lambda carried: carried[0] < steps, up_to_hard, carried)[3]
+
+
+def is_hard(totals, documents) -> tuple[jax.Array, jax.Array]:
+  """Whether a chunk is hard, by its gates' sums [K] and documents, and a `zero` for `positions`."""
+  least = jnp.min(plgpu.load(totals, layout=WGMMA.reduce(0)))
+  hard = least < LIMIT
+  if documents is not None:
+    hard = hard | (documents.last != 0.0)
+  return hard, (least > 1.0).astype(jnp.int32)
