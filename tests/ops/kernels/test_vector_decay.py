@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
+import ops
 from ops import dispatch, reference
 from ops.kernels.gpu import vector_decay
 from tests.ops import compare
@@ -106,8 +107,10 @@ def test_lowers_for_a_hopper_gpu(mapped):
   g, state = struct(B, T, H, K, dtype=jnp.float32), struct(B, H, K, K, dtype=jnp.float32)
 
   @functools.partial(jax.grad, argnums=(0, 1, 2, 3, 4))
-  def gradients(q, k, v, g, state, document):
-    o, state = vector_decay.attend(q, k, v, g, state, document, K**-0.5)
+  def gradients(q, k, v, g, state, segment_ids):
+    o, state = ops.linear_attention(
+      q, k, v, log_decay=g, initial_state=state, segment_ids=segment_ids, implementation="pallas"
+    )
     return jnp.sum(o.astype(jnp.float32)) + jnp.sum(state)
 
   function = jax.vmap(gradients) if mapped else gradients
