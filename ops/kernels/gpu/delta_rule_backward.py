@@ -127,10 +127,13 @@ def state_gradients(
             )
 
           def while_both_read():
-            # The chunk before has left: its dV was in the place of its dO.
+            # dV has left from the place of the dO before.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             last = lax.rem(n + stages - 1, jnp.int32(stages))
             plgpu.barrier_arrive(consumed.at[last], predicate=n > 0)
+            state_s[...] = narrow
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(state_s, after_hbm.at[batch, head, chunk(n), part])
             to_end = plgpu.load(gates_s.at[slot, TO_END], layout=WGMMA.reduce(0))
             return to_end, state * gates_s[slot, FROM_START, C - 1]
 
@@ -145,9 +148,7 @@ def state_gradients(
           def share(dv):
             dv = dv * along_columns(written_only(gates_s.at[slot], 1.0, 0), COLUMNS)
             store_transposed(do_s.at[slot], dv.astype(dtype), simulated)
-            state_s[...] = narrow
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(state_s, after_hbm.at[batch, head, chunk(n), part])
             rows = pl.ds(chunk(n) * C, C)
             plgpu.copy_smem_to_gmem(do_s.at[slot], dv_hbm.at[batch, rows, head, part])
 

@@ -54,7 +54,7 @@ def outputs(
     part = pl.ds(lax.axis_index("block") * COLUMNS, COLUMNS)
 
     def run(q_s, k_s, v_s, inverse_s, state_s, written_s, left_s, gates_s, *barriers):
-      full, consumed, ready, taken = barriers
+      full, consumed, state_ready, written_ready, taken = barriers
 
       def left(n, x):
         """The left operand of a product, in registers; the interpreter wants it in memory."""
@@ -92,6 +92,10 @@ def outputs(
           residual = left(1, (values - read * along(from_start)).astype(dtype))
 
           def while_solving():
+            plgpu.barrier_wait(taken.at[hand])
+            state_s[hand] = narrow
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(state_ready.at[hand])
             to_end = written_only(gates_s.at[slot], column(TO_END), 0)
             return state * gates_s[slot, FROM_START, C - 1], to_end
 
@@ -102,11 +106,9 @@ def outputs(
           )
 
           def while_writing():
-            plgpu.barrier_wait(taken.at[hand])
-            state_s[hand] = narrow
             written_s[hand] = written.astype(dtype)
             plgpu.commit_smem()
-            plgpu.barrier_arrive(ready.at[hand])
+            plgpu.barrier_arrive(written_ready.at[hand])
 
           weighted = left(2, (written * along(to_end)).astype(dtype))
           state, _ = mosaic.accumulate_and(
@@ -149,9 +151,10 @@ def outputs(
           (C, C), q_s.at[slot], k_s.at[slot].transpose((1, 0)), meanwhile
         )
         scores = (scores * decays).astype(dtype)
-        plgpu.barrier_wait(ready.at[hand])
+        plgpu.barrier_wait(state_ready.at[hand])
         across = mosaic.product((C, COLUMNS), q_s.at[slot], state_s.at[hand].transpose((1, 0)))
         across = across * along_rows(from_start, COLUMNS)
+        plgpu.barrier_wait(written_ready.at[hand])
         if save:
           for source, target in zip((state_s, written_s), saved_hbm):
             plgpu.copy_smem_to_gmem(source.at[hand], target.at[batch, head, n, part])
@@ -191,7 +194,7 @@ def outputs(
       tile(HANDED, COLUMNS, K), tile(HANDED, COLUMNS, C),
       tile(4 + HANDED, COLUMNS, K) if simulated else None,
       plgpu.SMEM((stages, *gates.shape[3:]), jnp.float32),
-      barriers(stages, 5), barriers(stages, 1 + HANDED), *[barriers(HANDED, 1)] * 2,
+      barriers(stages, 5), barriers(stages, 1 + HANDED), *[barriers(HANDED, 1)] * 3,
       collective_axes="thread",
     )  # fmt: skip
 
