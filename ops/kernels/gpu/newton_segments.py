@@ -152,7 +152,7 @@ def _fit(a, b):
 
 def _warm(length):
   """From how many tokens of a segment the start of its neighbour is guessed."""
-  return min(WARM, -(-length // 2))
+  return min(WARM, -(-length // 4))
 
 
 def _fold(x, segments):
