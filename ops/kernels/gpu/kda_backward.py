@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ops.kernels.gpu import kda_rings, mosaic
+from ops.kernels.gpu import mosaic
 from ops.kernels.gpu.delta_rule_backward import store_transposed
 from ops.kernels.gpu.delta_rule_forward import load_transposed
 from ops.kernels.gpu.kda_forward import COLUMNS, STAGES
@@ -39,13 +39,13 @@ def state_gradients(q, k, k_end, carry, scores, inverses, do, dstate, interpret=
   stages, terms = min(STAGES, chunks), inverses.shape[3]
 
   def kernel(*hbm):
-    q_hbm, k_hbm, end_hbm, carry_hbm, scores_hbm, inverses_hbm, do_hbm, last_hbm, *hbm = hbm
-    dv_hbm, first_hbm, after_hbm = hbm
+    *inputs_hbm, do_hbm, last_hbm, dv_hbm, first_hbm, after_hbm = hbm
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
     part = pl.ds(lax.axis_index("block") * COLUMNS, COLUMNS)
     chunk = lambda n: chunks - 1 - n
 
     def run(q_s, k_s, end_s, carry_s, scores_s, inverse_s, do_s, state_s, dv_s, left_s, *barriers):
+      full, consumed = barriers
 
       def left(n, x):
         """The left operand of a product, in registers; the interpreter wants it in memory."""
@@ -55,35 +55,23 @@ def state_gradients(q, k, k_end, carry, scores, inverses, do, dstate, interpret=
         target[...] = x
         return target
 
-      this = lambda source, n: source.at[batch, head, chunk(n)]
-      tokens = lambda source, n: source.at[batch, head, pl.ds(chunk(n) * C, C)]
-      copy = plgpu.copy_gmem_to_smem
-
-      def fetch_ends(n, slot, full):
-        copy(tokens(end_hbm, n), end_s.at[slot], full)
-        copy(do_hbm.at[batch, pl.ds(chunk(n) * C, C), head, part], do_s.at[slot], full)
-        copy(this(scores_hbm, n), scores_s.at[slot], full)
-        copy(this(carry_hbm, n), carry_s.at[slot], full)
-
-      def fetch_systems(n, slot, full):
+      def fetch(n, slot):
+        n = chunk(n)
+        rows = pl.ds(n * C, C)
+        copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+        for source, target in zip(inputs_hbm[:3], (q_s, k_s, end_s)):
+          copy(source.at[batch, head, rows], target.at[slot])
+        for source, target in zip(inputs_hbm[3:5], (carry_s, scores_s)):
+          copy(source.at[batch, head, n], target.at[slot])
         for term in range(terms):
-          copy(this(inverses_hbm, n).at[term], inverse_s.at[slot, term], full)
-
-      def fetch_starts(n, slot, full):
-        copy(tokens(q_hbm, n), q_s.at[slot], full)
-        copy(tokens(k_hbm, n), k_s.at[slot], full)
-
-      rings = [
-        kda_rings.Ring(stages, fetch, *barriers[2 * i : 2 * i + 2])
-        for i, fetch in enumerate((fetch_ends, fetch_systems, fetch_starts))
-      ]
-      ends, systems, starts = rings
+          copy(inputs_hbm[5].at[batch, head, n, term], inverse_s.at[slot, term])
+        copy(do_hbm.at[batch, rows, head, part], do_s.at[slot])
 
       def solve(written, kept, values, slot, share):
         """dV^T = dV'^T T, shared as soon as it is there, and the gradient of the state before."""
-        terms_of = [inverse_s.at[slot, n] for n in range(terms)]
+        systems = [inverse_s.at[slot, n] for n in range(terms)]
         if simulated:
-          dv = mosaic.products((COLUMNS, C), [(left(2, written), x) for x in terms_of])
+          dv = mosaic.products((COLUMNS, C), [(left(2, written), x) for x in systems])
           share(dv)
           back = left(3, (-dv).astype(dtype))
           return kept + mosaic.products(
@@ -91,8 +79,8 @@ def state_gradients(q, k, k_end, carry, scores, inverses, do, dstate, interpret=
           )
 
         def body(solved, state):
-          for term in terms_of:
-            plgpu.wgmma(solved, written, term)
+          for system in systems:
+            plgpu.wgmma(solved, written, system)
           state[...] = kept
           plgpu.wgmma(state, values, q_s.at[slot])
           dv = plgpu.wgmma_accumulator_load(solved, wait_n=1)
@@ -103,10 +91,10 @@ def state_gradients(q, k, k_end, carry, scores, inverses, do, dstate, interpret=
         accumulator = lambda width: plgpu.ACC((COLUMNS, width), jnp.float32)
         return pl.run_scoped(body, accumulator(C), accumulator(K))
 
-      def read():
+      def read(wait, release):
         # What does not wait for the state's gradient is done while the tensor cores work.
         def step(n, state):
-          slot = ends.wait(n)
+          slot = wait(n)
           narrow = state.astype(dtype)
 
           def while_reading():
@@ -123,7 +111,6 @@ def state_gradients(q, k, k_end, carry, scores, inverses, do, dstate, interpret=
           across, (inside, values, kept) = mosaic.product_and(
             (COLUMNS, C), left(0, narrow), end_s.at[slot].transpose((1, 0)), while_reading
           )
-          ends.release(slot)
           written = (across + inside).astype(dtype)
 
           def share(dv):
@@ -132,18 +119,15 @@ def state_gradients(q, k, k_end, carry, scores, inverses, do, dstate, interpret=
             rows = pl.ds(chunk(n) * C, C)
             plgpu.copy_smem_to_gmem(dv_s, dv_hbm.at[batch, rows, head, part])
 
-          systems.wait(n)
-          starts.wait(n)
           state = solve(written, kept, values, slot, share)
-          systems.release(slot)
-          starts.release(slot)
+          release(slot)
           return state
 
         start = plgpu.load(last_hbm.at[batch, head, part], layout=WGMMA, optimized=False)
         first_hbm[batch, head, part] = lax.fori_loop(0, chunks, step, start)
         plgpu.wait_smem_to_gmem(0)
 
-      kda_rings.run(chunks, rings, [read], simulated)
+      mosaic.load_and_read(jnp.int32(chunks), stages, 1, fetch, read, full, consumed, simulated)
 
     tile = lambda *shape: plgpu.SMEM(shape, dtype, transforms=TILED)
     pl.run_scoped(
@@ -152,7 +136,8 @@ def state_gradients(q, k, k_end, carry, scores, inverses, do, dstate, interpret=
       plgpu.SMEM((stages, K), jnp.float32), tile(stages, C, C), tile(stages, terms, C, C),
       tile(stages, C, COLUMNS),
       tile(COLUMNS, K), tile(C, COLUMNS), tile(4, COLUMNS, K) if simulated else None,
-      *[barrier for copies in (4, terms, 2) for barrier in kda_rings.barriers(stages, copies)],
+      plgpu.Barrier(num_arrivals=6 + terms, num_barriers=stages),
+      plgpu.Barrier(num_arrivals=1, num_barriers=stages),
       collective_axes="thread",
     )  # fmt: skip
 
