@@ -55,7 +55,8 @@ def positions():
 
 
 def load_choice(choices, n) -> jax.Array:
-  """One of `choices` in device memory."""
+  """One of `choices` in device memory, in registers. Made there by comparisons, as left operands
+  they have given sums on an H100 that were wrong now and then."""
   return plgpu.load(choices.at[n], layout=WGMMA, optimized=False)
 
 

@@ -1,4 +1,4 @@
-"""Buffers between a warpgroup that loads and those that read, in the scans over chunks.
+"""Buffers between a warpgroup that loads and those that read, in the scan over chunks.
 
 What a step reads first is handed back first: its next load has begun long before the step ends.
 """
