@@ -266,9 +266,11 @@ def _parallel(tokens, state, scale, chunk_size, precision):
   return parallel(_scaled(tokens, scale), state, precision)
 
 
-def _preference(*, k, v, **arguments):
+def _preference(*, k, v, log_decay, beta, **arguments):
   if v.shape[1] > 1:
-    return ["pallas", "chunked"]
+    # The kernels of KDA were found right on a GPU one by one, never yet as a whole.
+    unproven = beta is not None and log_decay is not None and log_decay.ndim == 4
+    return ["chunked", "pallas"] if unproven else ["pallas", "chunked"]
   # One token needs no scores. Where its state is small, XLA's own kernels are as fast, and cost
   # less to launch.
   large = v.size * k.shape[3] >= 2**21
