@@ -57,13 +57,12 @@ def product_and(shape, left, right, meanwhile: Callable):
   return pl.run_scoped(body, plgpu.ACC(shape, jnp.float32))
 
 
-def products(shape, terms, meanwhile: Callable[[], None] = lambda: None) -> jax.Array:
-  """The sum of left @ right over the terms (left, right) in float32, as `product`."""
+def products(shape, terms) -> jax.Array:
+  """The sum of left @ right over the terms (left, right) in float32."""
 
   def body(accumulator):
     for left, right in terms:
       plgpu.wgmma(accumulator, left, right)
-    meanwhile()
     return accumulator[...]
 
   return pl.run_scoped(body, plgpu.ACC(shape, jnp.float32))
