@@ -212,10 +212,11 @@ def _gradients(
       after, (_, x_t, _, e_t, *_) = h, one
       dD = threads.multiply_add(e_t[0], x_t[0], dD)
       results.append(result)
+    # Sums go where other threads of the warp remembered, and read by now.
+    threads.wait_for_warp()
     for t, ((row, *_), _), (dx_t, ddt_t, total) in zip(places, loaded, results):
       dx.at(row * W).at(lane.own).store([dx_t])
       ddt.at(row * W).at(lane.own).store([ddt_t])
-      # What this warp remembered of the token has been read: there is room for its sums.
       _store_sums(threads, lane, history.at(t * slot).at(lane.warp * 128), total)
     return [*flat(after), *flat(d), *flat(dA), dD]
 
@@ -255,13 +256,14 @@ def _gradients(
   lane.store_pairs(dA, paired(numbers[4 * count : 6 * count]))
   dD.at(lane.own).store([numbers[-1]])
   threads.wait_for_all()
-  for first in range(0, tokens * 2 * N, 4 * THREADS):
-    place = threads.index * 4 + first
+  together = min(4, tokens * 2 * N // THREADS)  # so that no thread has a place beyond the last
+  for first in range(0, tokens * 2 * N, together * THREADS):
+    place = threads.index * together + first
     row, column = place // (2 * N), place % (2 * N)
     t = row * -1 + (tokens - 1) if descending else row
-    summed = [none] * 4
+    summed = [none] * together
     for warp in range(WARPS):
-      found = history.at(t * slot + column).load(warp * 128, 4)
+      found = history.at(t * slot + column).load(warp * 128, together)
       summed = [p + q for p, q in zip(summed, found)]
     sums.at(place).store(summed)
 
@@ -271,12 +273,8 @@ def _store_sums(threads, lane, parts, total):
   state, quarter = threads.index % 32 // 4, threads.index % 4
   per_part = total if lane.parts == 8 else [total[0] + total[1], total[2] + total[3]]
   in_part = len(per_part) // 2
-  # Rows that are no state go to the spare half of the place, without a branch.
-  first = threads.where(
-    state // lane.states == 0,
-    quarter * (in_part * lane.states) + state,
-    threads.index % 32 // 2 + 64,
-  )
+  # Rows that are no state go to the spare half of the place, without a branch, each to its own.
+  first = quarter * (in_part * lane.states) + state % lane.states + state // lane.states * 64
   for n, number in enumerate(per_part):
     place = parts.at(first).at(n // in_part * lane.N + n % in_part * lane.states)
     place.store([number])

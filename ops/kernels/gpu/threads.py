@@ -236,6 +236,10 @@ class Threads:
     """Until all threads are here, and see what the others stored."""
     utils.warpgroup_barrier()
 
+  def wait_for_warp(self):
+    """`wait_for_all`, of this warp's threads."""
+    utils.warp_barrier()
+
   def loop(self, steps: int, body: Callable, numbers: Sequence[Number]) -> list[Number]:
     """`numbers = body(step, numbers)` for so many steps, not unrolled."""
     bound = utils.c(steps, ir.IntegerType.get_signless(32))

@@ -10,7 +10,10 @@ THREADS = 128  # a warpgroup
 
 
 class SimulatedMemory:
-  """`Memory` for the interpreter; the places in one array share it."""
+  """`Memory` for the interpreter; the places in one array share it.
+
+  Nothing is beyond an array: loading there gives NaN, storing there makes all of the array NaN.
+  """
 
   def __init__(self, array: jax.Array):
     self.root, self.start = self, 0
@@ -28,7 +31,12 @@ class SimulatedMemory:
   def load(self, offset=0, count=1):
     flat = self.root.flat
     wide = flat.dtype if jnp.issubdtype(flat.dtype, jnp.integer) else jnp.float32
-    return [flat[self.start + (offset + n)].astype(wide) for n in range(count)]
+    indices = [self._inside(self.start + (offset + n)) for n in range(count)]
+    return [flat.at[index].get(mode="fill").astype(wide) for index in indices]
+
+  def _inside(self, index):
+    """The index, or the first one beyond the array for those that are not in it."""
+    return jnp.where((index >= 0) & (index < self.root.flat.size), index, self.root.flat.size)
 
   def load_pair(self, swapped, offset=0):
     x, y = self.load(offset, 2)
@@ -42,10 +50,11 @@ class SimulatedMemory:
     root = self.root
     root.is_written = True
     for n, number in enumerate(numbers):
-      index = self.start + (offset + n)
-      if where is not None:
-        index = jnp.where(where, index, root.flat.size)
-      root.flat = root.flat.at[index].set(number.astype(root.flat.dtype), mode="drop")
+      index, stores = self._inside(self.start + (offset + n)), True if where is None else where
+      is_beyond = jnp.any((index == root.flat.size) & stores)
+      index = jnp.where(stores, index, root.flat.size)
+      stored = root.flat.at[index].set(number.astype(root.flat.dtype), mode="drop")
+      root.flat = jnp.where(is_beyond, jnp.nan, stored)
 
 
 class Simulated:
@@ -82,6 +91,9 @@ class Simulated:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
   def wait_for_all(self):
+    pass
+
+  def wait_for_warp(self):
     pass
 
   def loop(self, steps, body, numbers):
