@@ -42,7 +42,7 @@ from experiments.benchmark_peers import Peers
 from experiments.errors import UserError, check_writable
 from experiments.floors import PASSES
 from experiments.memory import keep_memory
-from ops.dispatch import IMPLEMENTATIONS
+from ops import dispatch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--gate-dtype", choices=["float32", "bfloat16"], help="of decays, betas and steps: float32"
   )
-  parser.add_argument("--implementation", choices=IMPLEMENTATIONS, action="append")
+  parser.add_argument("--implementation", choices=dispatch.IMPLEMENTATIONS, action="append")
   parser.add_argument("--pass", dest="passes", choices=PASSES, action="append")
   parser.add_argument("--no-check", action="store_true", help="leave the oracle out")
   parser.add_argument("--peers", action="store_true", help="other libraries' ops too")
@@ -134,6 +134,10 @@ def _workloads(arguments) -> Iterator[Workload]:
   if arguments.preset:
     if arguments.shape or arguments.gate_dtype:
       raise UserError("--preset has its own shapes and dtypes: leave --shape and --gate-dtype out")
+    if arguments.preset == "hopper" and dispatch.platform() != "gpu":
+      raise UserError(
+        f"--preset=hopper is for a GPU, this is a {dispatch.platform()}: --preset=cpu"
+      )
     for workload in PRESETS[arguments.preset]:
       if workload.op in (arguments.op or CASES):
         yield workload

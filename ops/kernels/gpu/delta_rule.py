@@ -23,6 +23,7 @@ from ops.kernels.gpu.scalar_decay import CHUNK, FLOOR, folding_mapped_axes
 from ops.segments import where_mask
 
 WIDTHS = (64, 128)  # K and V that fit into shared memory
+LONGEST = 65_535 * CHUNK  # tokens: CUDA counts no more programs along an axis
 
 
 def supports(*, q, v, beta, **arguments) -> dispatch.Reason:
@@ -32,6 +33,8 @@ def supports(*, q, v, beta, **arguments) -> dispatch.Reason:
   reason = scalar_decay.supports(q=q, v=v, beta=None, **arguments)
   if reason is None and not {q.shape[3], v.shape[3]} <= set(WIDTHS):
     return f"K and V are {q.shape[3]} and {v.shape[3]}, it knows {WIDTHS} with the delta rule"
+  if reason is None and q.shape[1] > LONGEST:
+    return f"T is {q.shape[1]}, it takes up to {LONGEST} tokens with the delta rule"
   return reason
 
 

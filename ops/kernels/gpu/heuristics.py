@@ -56,6 +56,8 @@ def no_hopper() -> dispatch.Reason:
     return f"it is for Hopper GPUs, this is a {dispatch.platform()}"
   if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):
     return f"it needs jax 0.11, this is {jax.__version__}"
+  if jax.config.jax_enable_x64:
+    return "it has numbers of 32 bits at most, jax_enable_x64 is on"
   kind = device_kind()
   return None if of_kind(kind) else f"it is for Hopper GPUs, this is {kind}"
 

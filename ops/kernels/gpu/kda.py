@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from ops import dispatch
-from ops.kernels.gpu import scalar_decay
+from ops.kernels.gpu import delta_rule, scalar_decay
 from ops.kernels.gpu.vector_decay import documents_by_chunk
 from ops.segments import where_mask
 
 CHUNK = scalar_decay.CHUNK
-WIDTHS = (64, 128)  # K and V that fit into shared memory
 TERMS = 2  # bfloat16 numbers for one of the inverse: see `delta_rule.py`
 
 
@@ -24,10 +23,7 @@ def supports(*, q, v, log_decay, beta, **arguments) -> dispatch.Reason:
   """Why the kernels cannot run `linear_attention` on these arguments; None if they can."""
   if beta is None or log_decay is None or log_decay.ndim != 4:
     return "it has the delta rule with one decay per row of the state only"
-  reason = scalar_decay.supports(q=q, v=v, log_decay=None, beta=None, **arguments)
-  if reason is None and not {q.shape[3], v.shape[3]} <= set(WIDTHS):
-    return f"K and V are {q.shape[3]} and {v.shape[3]}, it knows {WIDTHS} with the delta rule"
-  return reason
+  return delta_rule.supports(q=q, v=v, log_decay=None, beta=beta, **arguments)
 
 
 def run(tokens, state, scale, chunk_size, precision):
