@@ -7,16 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType
 
 import ops
-from ops import dispatch, reference
+from ops import reference
 from ops.kernels.gpu import decode_step
 from tests.ops import compare
-
-needs_mosaic = pytest.mark.skipif(
-  tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11), reason="the kernel needs jax 0.11"
-)
+from tests.ops.kernels.hopper import lowered, needs_mosaic, on_hopper
 
 
 def _inputs(B, Hq, H, K, V, decay, beta):
@@ -70,15 +66,6 @@ def test_vmap_is_more_rows():
   compare.check(jax.tree.map(np.asarray, actual), {name: expected[name] for name in actual})
 
 
-def _on_hopper(function, *arguments):
-  from jax.sharding import AbstractDevice
-
-  device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-  mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-  with jax.sharding.use_abstract_mesh(mesh), dispatch.for_platform("gpu"):
-    return function(*arguments)
-
-
 def _structs(B, Hq, H, K, V, decay, beta):
   inputs = _inputs(B, Hq, H, K, V, decay, beta)
   state = inputs.pop("initial_state")
@@ -96,8 +83,7 @@ def test_a_loop_keeps_the_state_in_place(decay):
     step = lambda state, _: ops.linear_attention_step(state, **token, implementation="pallas")[::-1]
     return jax.lax.scan(step, state, length=5)
 
-  lower = lambda *arguments: many.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-  text = _on_hopper(lower, state, token)
+  text = lowered(many, state, token)
   assert text.count("custom_call @mosaic_gpu_v2") == 1
   assert "output_operand_aliases = [#stablehlo.output_operand_alias" in text
 
@@ -110,13 +96,13 @@ def test_gradients_lower_and_explain_tells():
     o, state = ops.linear_attention_step(state, **token, implementation="pallas")
     return jnp.sum(o) + jnp.sum(state)
 
-  gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
-  lower = lambda *arguments: gradient.trace(*arguments).lower(lowering_platforms=("cuda",))
-  _on_hopper(lower, state, token)
-  text = _on_hopper(lambda: ops.explain(ops.linear_attention_step, state, **token))
+  lowered(jax.grad(loss, argnums=(0, 1)), state, token)
+  with on_hopper():
+    text = ops.explain(ops.linear_attention_step, state, **token)
   assert "pallas     runs" in text
   token["v"] = jax.ShapeDtypeStruct((8, 16, 200), jnp.float32)
   state = jax.ShapeDtypeStruct((8, 16, 128, 200), jnp.float32)
-  text = _on_hopper(lambda: ops.explain(ops.linear_attention_step, state, **token))
+  with on_hopper():
+    text = ops.explain(ops.linear_attention_step, state, **token)
   assert "recurrent  runs" in text
   assert "V is 200, it takes multiples of 32" in text

@@ -7,16 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType
 
 import ops
-from ops import dispatch, reference
+from ops import reference
 from ops.kernels.gpu import delta_rule
 from tests.ops import compare
-
-needs_mosaic = pytest.mark.skipif(
-  tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11), reason="the kernels need jax 0.11"
-)
+from tests.ops.kernels.hopper import lowered, needs_mosaic
 
 
 @needs_mosaic
@@ -60,10 +56,6 @@ def test_values_and_gradients(starts):
 @needs_mosaic
 @pytest.mark.parametrize("mapped", [(), (3,)], ids=["", "vmap"])
 def test_lowers_for_a_hopper_gpu(mapped):
-  from jax.sharding import AbstractDevice
-
-  device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-  mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
   B, T, H, K = 2, 1000, 2, 128
   struct = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((*mapped, *shape), dtype)
   q, v = struct(B, T, 1, K), struct(B, T, H, K)
@@ -78,7 +70,5 @@ def test_lowers_for_a_hopper_gpu(mapped):
     return jnp.sum(o.astype(jnp.float32)) + jnp.sum(state)
 
   function = jax.vmap(gradients) if mapped else gradients
-  with jax.sharding.use_abstract_mesh(mesh), dispatch.for_platform("gpu"):
-    traced = jax.jit(function).trace(q, q, v, g, g, state, struct(B, T, dtype=jnp.int32))
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  text = lowered(function, q, q, v, g, g, state, struct(B, T, dtype=jnp.int32))
   assert text.count("custom_call @mosaic_gpu_v2") == 4

@@ -1,15 +1,7 @@
 """The table of the kernels' cuts: whose entry it is, and what it says."""
 
-import jax
-import pytest
-from jax.sharding import AbstractMesh, AxisType
-
-from ops import dispatch
 from ops.kernels.gpu import heuristics, scalar_decay
-
-needs_mosaic = pytest.mark.skipif(
-  tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11), reason="the kernels need jax 0.11"
-)
+from tests.ops.kernels.hopper import needs_mosaic, on_hopper
 
 
 def test_each_kind_has_its_own_entry():
@@ -23,12 +15,8 @@ def test_each_kind_has_its_own_entry():
 
 @needs_mosaic
 def test_cuts_follow_the_device():
-  from jax.sharding import AbstractDevice
-
   def tilings(kind):
-    device = AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
-    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh), dispatch.for_platform("gpu"):
+    with on_hopper(kind):
       return [scalar_decay.choose_tiling(heads, 256, 128).segments for heads in (32, 16, 200)]
 
   assert tilings("NVIDIA H100 80GB HBM3") == [4, 8, 1]

@@ -7,16 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from ops import dispatch, reference
+from ops import reference
 from ops.kernels.gpu import kda, linear_attention
 from ops.segments import find_segments
 from tests.ops import compare
-
-needs_mosaic = pytest.mark.skipif(
-  tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11), reason="the kernels need jax 0.11"
-)
+from tests.ops.kernels.hopper import lowered, needs_mosaic, on_hopper
 
 
 @needs_mosaic
@@ -86,8 +82,6 @@ def test_scores_and_inverses_of_two_warpgroups():
 
 @needs_mosaic
 def test_lowers_for_a_hopper_gpu():
-  device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-  mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
   B, T, H, K = 2, 1024, 2, 128
   struct = jax.ShapeDtypeStruct
   q, g = struct((B, T, H, K), jnp.bfloat16), struct((B, T, H, K), jnp.float32)
@@ -99,9 +93,8 @@ def test_lowers_for_a_hopper_gpu():
     o, state = kda.attend(q, k, v, g, beta, state, None, 0.1)
     return jnp.sum(o.astype(jnp.float32)) + jnp.sum(state)
 
-  with jax.sharding.use_abstract_mesh(mesh), dispatch.for_platform("gpu"):
+  with on_hopper():
     assert linear_attention.supports(**arguments, segment_ids=None) is None
     assert "one decay per row" in kda.supports(**arguments | dict(beta=None), segment_ids=None)
-    lowered = jax.jit(everything).trace(q, q, q, g, beta, state)
-    text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+  text = lowered(everything, q, q, q, g, beta, state)
   assert text.count("custom_call @mosaic_gpu_v2") >= 4

@@ -7,18 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType
 
 import ops
-from ops import dispatch, newton, reference
+from ops import newton, reference
 from ops.kernels.gpu import newton as kernels
 from ops.kernels.gpu import newton_cell
 from tests.ops import cells
 from tests.ops.compare import objective
-
-needs_mosaic = pytest.mark.skipif(
-  tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11), reason="the kernels need jax 0.11"
-)
+from tests.ops.kernels.hopper import lowered, needs_mosaic, on_hopper
 
 
 def _by_kernel(monkeypatch, segments=1):
@@ -138,17 +134,6 @@ def test_cells_that_are_refused(step, reason):
     newton_cell.trace(step, struct(4, 3), struct(1, 3), struct(1, 3))
 
 
-def _on_hopper(function, *arguments, **axes):
-  from jax.sharding import AbstractDevice
-
-  device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-  axes = axes or {"x": 1}
-  kinds = (AxisType.Auto,) * len(axes)
-  mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=kinds, abstract_device=device)
-  with jax.sharding.use_abstract_mesh(mesh), dispatch.for_platform("gpu"):
-    return function(*arguments)
-
-
 @needs_mosaic
 @pytest.mark.parametrize("name", ["diagonal", "block"])
 def test_lowers_for_a_hopper_gpu(name):
@@ -161,18 +146,16 @@ def test_lowers_for_a_hopper_gpu(name):
     )
     return jnp.sum(h) + jnp.sum(state)
 
-  gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-  lower = lambda *arrays: gradient.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
-  assert _on_hopper(lower, *cells.narrow(arrays)).count("custom_call @mosaic_gpu_v2") == 2
+  text = lowered(jax.grad(loss, argnums=(0, 1, 2)), *cells.narrow(arrays))
+  assert text.count("custom_call @mosaic_gpu_v2") == 2
 
 
 @needs_mosaic
 def test_devices_share_rows_and_channels():
   struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   arrays = struct(3, 256), struct(2, 64, 3, 256), struct(2, 256)
-  scan = jax.jit(lambda a, x, h: ops.newton_scan(cells.GRU, a, x, initial_state=h))
-  lower = lambda *arrays: scan.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
-  text = _on_hopper(lower, *arrays, data=2, tensor=2)
+  scan = lambda a, x, h: ops.newton_scan(cells.GRU, a, x, initial_state=h)
+  text = lowered(scan, *arrays, data=2, tensor=2)
   (call,) = (line for line in text.splitlines() if "custom_call @mosaic_gpu_v2" in line)
   assert "tensor<1x64x3x128xf32>" in call
 
@@ -180,8 +163,7 @@ def test_devices_share_rows_and_channels():
 @needs_mosaic
 def test_explain_tells_why_a_cell_cannot_run():
   cell, params, x, state = _draw("dense", 1, 4)
-  arrays = cells.narrow((params, x, state))
-  explain = lambda params, x, state: ops.explain(
-    ops.newton_scan, cell, params, x, initial_state=state
-  )
-  assert "the cell is dense: channels mix" in _on_hopper(explain, *arrays)
+  params, x, state = cells.narrow((params, x, state))
+  with on_hopper():
+    text = ops.explain(ops.newton_scan, cell, params, x, initial_state=state)
+  assert "the cell is dense: channels mix" in text

@@ -6,17 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType
 
 import ops
-from ops import dispatch, reference
+from ops import reference
 from ops.kernels.gpu import selective_scan
 from ops.segments import find_segments
 from tests.ops import compare
+from tests.ops.kernels.hopper import lowered, needs_mosaic
 
-needs_mosaic = pytest.mark.skipif(
-  tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11), reason="the kernels need jax 0.11"
-)
 # Padding first, in between and last.
 DOCUMENTS = np.repeat(np.int32([[-1, 4, -1, 4, 2, 7, -1]]), [3, 20, 6, 11, 20, 1, 8], axis=1)
 
@@ -62,15 +59,6 @@ def test_values_and_gradients(T, D, N, dtype, reverse, segment_ids):
       np.testing.assert_array_equal(spoilt[name][0, others], actual[name][0, others], name)
 
 
-def _lowered(function, *arguments):
-  from jax.sharding import AbstractDevice
-
-  device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-  mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-  with jax.sharding.use_abstract_mesh(mesh), dispatch.for_platform("gpu"):
-    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-
-
 @needs_mosaic
 @pytest.mark.parametrize(
   ("B", "D", "N", "dtypes"),
@@ -93,7 +81,7 @@ def test_lowers_for_a_hopper_gpu(B, D, N, dtypes, mapped):
     )
     return jnp.sum(y.astype(jnp.float32)) + jnp.sum(state)
 
-  text = _lowered(
+  text = lowered(
     jax.vmap(gradients) if mapped else gradients,
     *[struct(B, T, D, dtype=dtype) for dtype in dtypes],
     struct(D, N), struct(B, T, N, dtype=dtypes[0]), struct(B, T, N), struct(D), struct(B, D, N),
