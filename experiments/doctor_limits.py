@@ -1,9 +1,7 @@
 """What the doctor accepts: errors against float64, in units that fit the dtype.
 
 float32 and float64 are judged by the largest error in units of the largest entry of the tensor,
-bfloat16 by the largest and by the root mean square of the error in units of the root mean square;
-the largest in units of that of its own channel or token where that is larger, for behind an outlier
-the numbers of a channel, or of a token, are all rounded as coarsely as the largest of them.
+bfloat16 by the largest and by the root mean square of the error in units of the root mean square.
 Where a tensor nearly vanishes, because terms of the size of 1 cancel, rounding does not shrink with
 it. For that the limits of gates' gradients, and in float32 and float64 those of states, have an
 absolute part, made of the size of those terms: with L what is differentiated, x dL/dx has one unit
@@ -23,7 +21,6 @@ OF_RMS = {"o": (5e-2, 5e-3), "state": (5e-2, 4e-3), "gradient": (8e-2, 8e-3)}
 ABSOLUTE = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 4e-3}
 CHUNK = 64  # tokens
 HALF_ULP = 2.0**-8  # of bfloat16, relative, at most
-WIDTH = 16  # channels that say how large those of a token are
 # Errors below this are none: float32 has no numbers there that arithmetic does not flush to zero.
 SMALLEST = {"float64": 1e-300, "float32": 1e-37, "bfloat16": 1e-37}
 
@@ -69,19 +66,9 @@ def judge(
     return Verdict(float(deviation.max() / (np.abs(reference).max() + absolute / limit)), limit)
   largest, typical = OF_RMS[kind]
   rms = np.sqrt(np.mean(np.abs(reference) ** 2))
-  beyond = np.maximum(deviation - HALF_ULP * np.abs(reference), 0.0)
-  unit = np.maximum(rms, _local_rms(reference))
+  beyond = np.maximum(deviation - HALF_ULP * np.abs(reference), 0.0).max()
   verdicts = (
-    Verdict(float((beyond / (unit + absolute / largest)).max()), largest),
+    Verdict(float(beyond / (rms + absolute / largest)), largest),
     Verdict(float(np.sqrt(np.mean(deviation**2)) / (rms + absolute / typical)), typical),
   )
   return max(verdicts, key=lambda verdict: verdict.share)
-
-
-def _local_rms(reference: np.ndarray) -> np.ndarray | float:
-  """Of the channel or, if larger, the token of each number; 0 of what has no channels."""
-  if reference.ndim < 2 or reference.shape[-1] < WIDTH:
-    return 0.0
-  squares = np.abs(reference) ** 2
-  channels = np.mean(squares, axis=tuple(range(reference.ndim - 1)), keepdims=True)
-  return np.sqrt(np.maximum(channels, np.mean(squares, axis=-1, keepdims=True)))

@@ -97,16 +97,6 @@ def test_limits():
   assert judge("o", outlier * (1 + 2**-9), outlier, "bfloat16").passed
   assert not judge("o", outlier * (1 + 2**-7), outlier, "bfloat16").passed
   assert not judge("o", outlier + 3 * (outlier < 1), outlier, "bfloat16").passed
-  # A channel behind an outlier is rounded coarsely, and so is a token; another one is not excused.
-  usual = np.random.default_rng(0).normal(size=(64, 2, 32))
-  for place in ((..., 3), (40, 1)):
-    reference = usual.copy()
-    reference[place] *= 1e3
-    wrong = np.zeros_like(usual)
-    wrong[40, 1, 3] = 20.0
-    assert judge("o", reference + wrong, reference, "bfloat16").passed
-    assert not judge("o", reference + 10 * wrong, reference, "bfloat16").passed
-    assert not judge("o", reference + np.roll(wrong, 1, (0, 2)), reference, "bfloat16").passed
 
 
 def test_the_program_prints_writes_and_fails(monkeypatch, tmp_path, capsys):

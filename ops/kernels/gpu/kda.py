@@ -126,5 +126,5 @@ def backward(q, k, log_decay, beta, document, *saved, scale, interpret=None):
 
 
 def away_from_zero(beta):
-  """`beta`, by which the gradients are divided: what is lost of a value is 1e-6 of it."""
-  return jnp.where(jnp.abs(beta) < 1e-6, 1e-6, beta)
+  """`beta`, by which the gradients are divided: instead of 0 it writes 1e-12 of a value."""
+  return jnp.where(jnp.abs(beta) < 1e-12, 1e-12, beta)
